@@ -1,1 +1,11 @@
-//! 
+//! The arithmetic of mneme: slices in, slices out.
+//!
+//! One op is one file here (its public function, shapes and checks) and one file of the same
+//! name per instruction set under `cpu/`. The instruction set is chosen once, at run time, by
+//! [`dispatch`]. Nothing in this crate knows files, models, or ggml.
+//!
+//! Every op is *batch invariant*: the numbers of a row do not depend, to the last bit, on which
+//! other rows are in the call, on the number of threads, or on how a prompt was cut into chunks.
+
+pub mod dispatch;
+pub mod pool;
