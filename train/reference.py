@@ -17,8 +17,8 @@ Choices made where memory.md leaves room (the engine makes the same ones):
   space is ASCII. The text of a special token is its name.
 - Sinks are the first `sinks` *entries*. In position mode `compact` a cut returns the counter to the position after the
   last sink of the segment that closes, so that a sink's position is never given twice.
-- Own-segment cells, a slot's own node included, are never ranked away by top_k: only the nodes of closed segments are.
-  A consolidated slot sees every node cell, unranked.
+- top_k ranks every node cell a query may see, a slot's own included; sinks, raw cells of the segment and the window
+  are outside the ranking. A consolidated slot sees every node cell, unranked.
 - Consolidation is repeated until the bound holds. It folds the oldest `fanin` nodes of the level that holds most nodes
   (ties: the lowest level), fewer where that level holds fewer; if it holds only one, the oldest nodes of any level.
   A child of level 0 or more contributes its own r; the new level is the highest of the children's plus one.
@@ -414,15 +414,11 @@ class Model:
         top_k = self.memory.top_k
         if not top_k or cell.kind == 2:
             return mask
-        nodes = [j for j, c in enumerate(cells) if c.kind > 0 and not c.sink and c.segment != cell.segment]
-        own = [j for j, c in enumerate(cells) if c.kind > 0 and not c.sink and c.segment == cell.segment]
+        nodes = [j for j, c in enumerate(cells) if c.kind > 0 and not c.sink]
         group = self.n_head // self.n_head_kv
         for h in range(self.n_head_kv):
             score = keys[:, h] @ q[h * group:(h + 1) * group].sum(axis=0)
             order = sorted(nodes, key=lambda j: -score[j])  # stable: ties stay with the older cell
-            if own:  # would a ranking over all visible nodes have dropped one of the slot's own?
-                full = sorted(nodes + own, key=lambda j: (-score[j], j))
-                self.rank_own_lost |= any(j in full[top_k:] for j in own) or set(full[:top_k]) - set(own) != set(order[:top_k])
             if len(order) > top_k:
                 self.rank_gap = min(self.rank_gap, score[order[top_k - 1]] - score[order[top_k]])
                 mask[h, order[top_k:]] = False
@@ -457,7 +453,7 @@ class Model:
         if m.keep_bos and len(ids) and ids[0] == self.config.get("bos_token_id"):
             sinks = max(sinks, 1)
         cells, logits, cut, segment, n_raw = [], [], [], 0, 0
-        self.rank_gap, self.rank_own_lost = math.inf, False
+        self.rank_gap = math.inf
         for t, token in enumerate(ids):
             kind = int(token in m.gist_token_ids)
             if cells and kind == 0 and cells[-1].kind == 1:
@@ -488,7 +484,7 @@ class Model:
         resets = [t + 1 for t in cut] if m.reset == "cut" else []
         r, _ = _delta_block(w, "mem.active", h, m, resets, np.zeros((m.head_count, hd, hd)))
 
-        self.rank_gap, self.rank_own_lost, self.fold_gap = math.inf, False, math.inf
+        self.rank_gap = math.inf
         cells, nodes, logits, embeddings, spans = [], [], [], [], []
         stream = []  # every entry in the order it ran
         pos, start, segment, first_pos = 0, 0, 0, 0
