@@ -54,7 +54,7 @@ impl Model {
         let hparams = Hparams::from_gguf(&gguf, path, &known)?;
         let arch = ARCHS.iter().find(|a| a.name == hparams.arch);
         let arch = arch.expect("hyperparameters are read for known architectures only");
-        let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes as u64).sum();
+        let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
         let mut done = 0;
         let loader = Loader {
             ops,
@@ -94,7 +94,11 @@ impl Model {
     /// The memory that suits the file: its own kind when it has one, else `full`.
     pub fn default_memory(&self) -> MemorySpec {
         let w = &self.weights;
-        let kind = w.memory_file().str(&w.memory_key("kind"));
+        let kind = w
+            .memory_file()
+            .opt_str(&w.memory_key("kind"))
+            .ok()
+            .flatten();
         let text = match kind {
             Some(kind) if memory::MEMORIES.iter().any(|row| row.name == kind) => kind,
             _ => "full",
@@ -115,18 +119,19 @@ fn open_adapter(path: &Path, base: &Gguf) -> Result<Arc<Gguf>> {
         what,
     };
     for (key, expected) in [("general.type", "adapter"), ("adapter.type", "memory")] {
-        if adapter.str(key) != Some(expected) {
+        let got = adapter.opt_str(key)?;
+        if got != Some(expected) {
             return Err(refuse(format!(
                 "`{key}` is {}, expected `{expected}`",
-                adapter.str(key).map_or("absent".into(), |s| format!("`{s}`")),
+                got.map_or("absent".into(), |s| format!("`{s}`")),
             )));
         }
     }
-    let arch = base.str("general.architecture").unwrap_or_default();
-    if adapter.str("general.architecture") != Some(arch) {
+    let arch = base.str("general.architecture")?;
+    let made_for = adapter.str("general.architecture")?;
+    if made_for != arch {
         return Err(refuse(format!(
-            "made for architecture `{}`, the model is `{arch}`",
-            adapter.str("general.architecture").unwrap_or("?")
+            "made for architecture `{made_for}`, the model is `{arch}`"
         )));
     }
     for suffix in [
@@ -137,7 +142,7 @@ fn open_adapter(path: &Path, base: &Gguf) -> Result<Arc<Gguf>> {
         "attention.key_length",
     ] {
         let key = format!("{arch}.{suffix}");
-        if let (Some(mine), Some(theirs)) = (adapter.u32(&key), base.u32(&key))
+        if let (Some(mine), Some(theirs)) = (adapter.opt_u32(&key)?, base.opt_u32(&key)?)
             && mine != theirs
         {
             return Err(refuse(format!(
@@ -329,7 +334,7 @@ impl Engine {
             answers.push((first..out_rows.len()).collect());
             row += plan.entries.len();
         }
-        let sequences: Vec<(&mut dyn Memory, &Plan)> = feeds
+        let sequences: Vec<(&mut (dyn Memory + 'static), &Plan)> = feeds
             .iter_mut()
             .zip(&plans)
             .filter(|(_, plan)| !plan.entries.is_empty())
@@ -390,7 +395,11 @@ pub const MAX_MARKS: usize = 8;
 
 impl Sequence {
     /// An empty sequence.
-    pub fn new(model: &Arc<Model>, spec: &MemorySpec, options: SequenceOptions) -> Result<Sequence> {
+    pub fn new(
+        model: &Arc<Model>,
+        spec: &MemorySpec,
+        options: SequenceOptions,
+    ) -> Result<Sequence> {
         let hp = model.hparams();
         let ctx = Context {
             weights: Arc::clone(&model.weights),

@@ -67,10 +67,7 @@ const LIMIT: u32 = 1 << 24;
 impl Hparams {
     /// Reads and checks the keys of `gguf`; `n_vocab` comes from the shape of `token_embd.weight`.
     pub fn from_gguf(gguf: &Gguf, path: &Path, known: &[&str]) -> Result<Hparams> {
-        let arch = gguf
-            .str("general.architecture")
-            .ok_or_else(|| missing("general.architecture"))?
-            .to_owned();
+        let arch = gguf.str("general.architecture")?.to_owned();
         if !known.contains(&arch.as_str()) {
             return Err(Error::Architecture {
                 path: path.to_owned(),
@@ -81,12 +78,7 @@ impl Hparams {
         let key = |suffix: &str| format!("{arch}.{suffix}");
         let count = |suffix: &str| -> Result<Option<usize>> {
             let key = key(suffix);
-            match gguf.u32(&key) {
-                None if gguf.get(&key).is_some() => Err(Error::Key {
-                    key,
-                    what: "expected one unsigned number (values that differ per layer are not supported)"
-                        .into(),
-                }),
+            match gguf.opt_u32(&key)? {
                 None => Ok(None),
                 Some(n) if n == 0 || n > LIMIT => Err(Error::Key {
                     key,
@@ -140,17 +132,15 @@ impl Hparams {
                 what: format!("{n_rot} is odd or above the head width {head_dim}"),
             });
         }
-        let rms_eps = gguf
-            .f32(&key("attention.layer_norm_rms_epsilon"))
-            .ok_or_else(|| missing(&key("attention.layer_norm_rms_epsilon")))?;
-        let rope_theta = gguf.f32(&key("rope.freq_base")).unwrap_or(10_000.0);
+        let rms_eps = gguf.f32(&key("attention.layer_norm_rms_epsilon"))?;
+        let rope_theta = gguf.opt_f32(&key("rope.freq_base"))?.unwrap_or(10_000.0);
         if !(rope_theta > 1.0 && rope_theta.is_finite()) {
             return Err(Error::Key {
                 key: key("rope.freq_base"),
                 what: format!("{rope_theta} is not above 1"),
             });
         }
-        if let Some(n) = gguf.u32(&key("attention.sliding_window"))
+        if let Some(n) = gguf.opt_u32(&key("attention.sliding_window"))?
             && arch == "llama"
             && n > 0
         {
@@ -166,7 +156,10 @@ impl Hparams {
             got => {
                 return Err(Error::TensorShape {
                     name: "token_embd.weight".into(),
-                    expected: vec![n_embd as u64, gguf.u32(&key("vocab_size")).unwrap_or(0) as u64],
+                    expected: vec![
+                        n_embd as u64,
+                        gguf.opt_u32(&key("vocab_size"))?.unwrap_or(0) as u64,
+                    ],
                     got: got.to_vec(),
                 });
             }
@@ -248,10 +241,12 @@ fn missing(key: &str) -> Error {
 fn rope_scaling(gguf: &Gguf, arch: &str, n_ctx_train: usize) -> Result<RopeScaling> {
     let key = |suffix: &str| format!("{arch}.rope.scaling.{suffix}");
     // `rope.scale_linear` is the key of files from before 2023-12.
-    let factor = gguf
-        .f32(&key("factor"))
-        .or_else(|| gguf.f32(&format!("{arch}.rope.scale_linear")))
-        .unwrap_or(1.0);
+    let factor = match gguf.opt_f32(&key("factor"))? {
+        Some(factor) => factor,
+        None => gguf
+            .opt_f32(&format!("{arch}.rope.scale_linear"))?
+            .unwrap_or(1.0),
+    };
     if !(factor >= 1.0 && factor.is_finite()) && factor != 0.0 {
         return Err(Error::Key {
             key: key("factor"),
@@ -259,7 +254,7 @@ fn rope_scaling(gguf: &Gguf, arch: &str, n_ctx_train: usize) -> Result<RopeScali
         });
     }
     let factor = factor.max(1.0);
-    match gguf.str(&key("type")) {
+    match gguf.opt_str(&key("type"))? {
         None if factor == 1.0 => Ok(RopeScaling::None),
         None | Some("linear") => Ok(RopeScaling::Linear { factor }),
         // Llama 3 writes its divisors into `rope_freqs.weight`; the key only says so.
@@ -267,12 +262,12 @@ fn rope_scaling(gguf: &Gguf, arch: &str, n_ctx_train: usize) -> Result<RopeScali
         Some("yarn") => Ok(RopeScaling::Yarn {
             factor,
             n_ctx_orig: gguf
-                .u32(&key("original_context_length"))
+                .opt_u32(&key("original_context_length"))?
                 .filter(|&n| n > 0)
                 .unwrap_or(n_ctx_train as u32),
-            attn_factor: gguf.f32(&key("attn_factor")).unwrap_or(1.0),
-            beta_fast: gguf.f32(&key("yarn_beta_fast")).unwrap_or(32.0),
-            beta_slow: gguf.f32(&key("yarn_beta_slow")).unwrap_or(1.0),
+            attn_factor: gguf.opt_f32(&key("attn_factor"))?.unwrap_or(1.0),
+            beta_fast: gguf.opt_f32(&key("yarn_beta_fast"))?.unwrap_or(32.0),
+            beta_slow: gguf.opt_f32(&key("yarn_beta_slow"))?.unwrap_or(1.0),
         }),
         Some(other) => Err(Error::Key {
             key: key("type"),

@@ -139,7 +139,11 @@ impl Loader<'_> {
             .ok_or_else(|| Error::TensorMissing(name.into()))?;
         // A vector may be written with one dimension, a stack of matrices with three.
         let cols = info.dims.first().copied().unwrap_or(1);
-        let rows = info.dims.iter().skip(1).try_fold(1u64, |a, &d| a.checked_mul(d));
+        let rows = info
+            .dims
+            .iter()
+            .skip(1)
+            .try_fold(1u64, |a, &d| a.checked_mul(d));
         if cols != n_cols as u64 || rows != Some(n_rows as u64) {
             return Err(Error::TensorShape {
                 name: name.into(),
@@ -152,7 +156,7 @@ impl Loader<'_> {
 
     fn done(&mut self, name: &str) {
         let bytes = self.find(name).map_or(0, |(_, info)| info.n_bytes);
-        (self.progress)(bytes);
+        (self.progress)(bytes as usize);
     }
 
     /// A weight matrix.

@@ -214,9 +214,15 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
     let w = &ctx.weights;
     let hp = &w.hparams;
     let file = w.memory_file();
-    let key = |suffix| file.u32(&w.memory_key(suffix)).map(|n| n as usize);
+    let key = |suffix, default| -> Result<usize> {
+        let in_file = file.opt_u32(&w.memory_key(suffix))?;
+        Ok(in_file.map_or(default, |n| n as usize))
+    };
     let mut full_layers = vec![false; hp.n_layer];
-    for layer in file.arr_u32(&w.memory_key("ahn.full_layers")).unwrap_or_default() {
+    for layer in file
+        .opt_arr_u32(&w.memory_key("ahn.full_layers"))?
+        .unwrap_or_default()
+    {
         match full_layers.get_mut(layer as usize) {
             Some(full) => *full = true,
             None => {
@@ -246,8 +252,8 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
         store: ctx.store(),
         span: Span::parse(
             spec,
-            key("window").unwrap_or(DEFAULT_WINDOW),
-            key("sinks").unwrap_or(DEFAULT_SINKS),
+            key("window", DEFAULT_WINDOW)?,
+            key("sinks", DEFAULT_SINKS)?,
         )?,
         layers: full_layers.iter().map(layer).collect(),
         full_layers,
@@ -316,7 +322,10 @@ impl Memory for Ahn {
         let (mut k, mut v) = (vec![0.0; n_read * kv], vec![0.0; n_read * kv]);
         let mut beta = vec![0.0; n_read * heads];
         let mut g = vec![0.0; n_read * heads];
-        let held_from = self.span.n_tokens.saturating_sub(self.span.window + self.span.sinks);
+        let held_from = self
+            .span
+            .n_tokens
+            .saturating_sub(self.span.window + self.span.sinks);
         let first_new = self.span.n_tokens.saturating_sub(self.span.sinks) as u64;
         // New tokens that are sinks have gates too, never used.
         let new_sinks = self.span.sinks.saturating_sub(self.span.n_tokens);
@@ -377,7 +386,9 @@ impl Memory for Ahn {
                 std::mem::swap(&mut layer.state, &mut layer.next_state);
             }
             let new_sinks = new_sinks.min(plan.n_tokens);
-            layer.gates.extend(&layer.next_gates[new_sinks * 2 * heads..]);
+            layer
+                .gates
+                .extend(&layer.next_gates[new_sinks * 2 * heads..]);
             layer.gates.drain(..n_read * 2 * heads);
             layer.next_gates = Vec::new();
         }
@@ -394,7 +405,9 @@ impl Memory for Ahn {
         let n = n.min(self.span.n_tokens);
         let capacity = self.span.window + self.span.sinks;
         let exact = n == self.span.n_tokens || self.span.n_tokens <= capacity;
-        let n = self.span.truncate(&mut self.store, if exact { n } else { 0 });
+        let n = self
+            .span
+            .truncate(&mut self.store, if exact { n } else { 0 });
         if n == 0 {
             self.clear();
         }

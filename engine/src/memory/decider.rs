@@ -35,9 +35,11 @@ impl Decider {
     pub fn parse(ctx: &Context, spec: &MemorySpec) -> Result<Decider> {
         let w = &ctx.weights;
         let file = w.memory_file();
-        let in_file = file.str(&w.memory_key("decider.type")).unwrap_or("linear");
+        let in_file = file
+            .opt_str(&w.memory_key("decider.type"))?
+            .unwrap_or("linear");
         let name: String = spec.get("decider", in_file.to_owned())?;
-        let number = |suffix: &str| file.u32(&w.memory_key(suffix));
+        let number = |suffix: &str| file.opt_u32(&w.memory_key(suffix));
         let trained = w.nodes.as_ref().and_then(|n| n.head.as_ref());
         Ok(match name.as_str() {
             "learned" | "linear" | "mlp" | "cosine" => {
@@ -47,27 +49,29 @@ impl Decider {
                     )));
                 }
                 if name != "learned" && name != in_file {
-                    return Err(spec.refuse(format!(
-                        "the file's decider is `{in_file}`, not `{name}`"
-                    )));
+                    return Err(
+                        spec.refuse(format!("the file's decider is `{in_file}`, not `{name}`"))
+                    );
                 }
                 Decider::Trained
             }
             "sentence" => Decider::Sentence,
             "stride" => {
-                let n = spec.get("stride", number("decider.stride").unwrap_or(16) as usize)?;
+                let n = spec.get("stride", number("decider.stride")?.unwrap_or(16) as usize)?;
                 if n == 0 {
                     return Err(spec.refuse("`stride` must be at least 1"));
                 }
                 Decider::Stride(n)
             }
             "random" => {
-                let in_file = file.f32(&w.memory_key("decider.rate")).unwrap_or(0.0625);
+                let in_file = file
+                    .opt_f32(&w.memory_key("decider.rate"))?
+                    .unwrap_or(0.0625);
                 let rate = spec.get("rate", f64::from(in_file))?;
                 if !(0.0..=1.0).contains(&rate) {
                     return Err(spec.refuse(format!("`rate` {rate} is no probability")));
                 }
-                let seed = number("decider.seed").unwrap_or(0);
+                let seed = number("decider.seed")?.unwrap_or(0);
                 Decider::Random {
                     rate,
                     seed: spec.get("seed", u64::from(seed))?,
@@ -101,7 +105,10 @@ fn is_space(b: u8) -> bool {
 
 /// The white space a piece ends with.
 fn tail(piece: &[u8]) -> &[u8] {
-    let body = piece.iter().rposition(|&b| !is_space(b)).map_or(0, |i| i + 1);
+    let body = piece
+        .iter()
+        .rposition(|&b| !is_space(b))
+        .map_or(0, |i| i + 1);
     &piece[body..]
 }
 
@@ -175,7 +182,9 @@ mod tests {
 
     #[test]
     fn sentences_end_where_people_say() {
-        let ends = |b: &str, s: &str, a: &str| sentence_ends(Some(b.as_bytes()), s.as_bytes(), a.as_bytes());
+        let ends = |b: &str, s: &str, a: &str| {
+            sentence_ends(Some(b.as_bytes()), s.as_bytes(), a.as_bytes())
+        };
         assert!(ends("a", ".", " B"));
         assert!(ends("a", ".\n", "B"));
         assert!(ends("a", "? ", "B"));
@@ -191,7 +200,14 @@ mod tests {
 
     #[test]
     fn the_controller_pushes_towards_its_target() {
-        let at = |n_slots| Controller { target: 16.0, n_tokens: 1600, n_slots }.tau(0.5);
+        let at = |n_slots| {
+            Controller {
+                target: 16.0,
+                n_tokens: 1600,
+                n_slots,
+            }
+            .tau(0.5)
+        };
         assert!(at(120) > at(100) && at(100) > at(80));
         assert!((at(100) - 0.5).abs() < 1e-6);
     }

@@ -40,7 +40,9 @@ struct At {
 pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>> {
     let w = &ctx.weights;
     let file = w.memory_file();
-    let ids = file.arr_u32("tokenizer.ggml.gist_token_ids").unwrap_or_default();
+    let ids = file
+        .opt_arr_u32("tokenizer.ggml.gist_token_ids")?
+        .unwrap_or_default();
     if ids.is_empty() {
         return Err(spec.refuse(
             "the model has no gist tokens (key `tokenizer.ggml.gist_token_ids` not found)",
@@ -52,14 +54,18 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
             w.hparams.n_vocab
         )));
     }
-    let in_file = file.bool(&w.memory_key("gist.keep_bos")).unwrap_or(true);
-    let number = |suffix| file.u32(&w.memory_key(suffix)).unwrap_or(0) as usize;
+    let in_file = file
+        .opt_bool(&w.memory_key("gist.keep_bos"))?
+        .unwrap_or(true);
+    let number = |suffix| -> Result<usize> {
+        Ok(file.opt_u32(&w.memory_key(suffix))?.unwrap_or(0) as usize)
+    };
     Ok(Box::new(Gist {
         store: ctx.store(),
         ids,
-        sinks: number("sinks"),
-        window: number("window"),
-        bos: w.gguf.u32("tokenizer.ggml.bos_token_id"),
+        sinks: number("sinks")?,
+        window: number("window")?,
+        bos: w.gguf.opt_u32("tokenizer.ggml.bos_token_id")?,
         keep_bos: spec.get("keep_bos", in_file)?,
         at: At::default(),
         ctx: ctx.clone(),
@@ -226,7 +232,11 @@ impl Memory for Gist {
             full_bytes: self.at.n_tokens * self.ctx.cell_bytes(),
             bound_bytes: self.ctx.page_bound(n_cells + 1, 2)
                 + (self.at.nodes.len() + 1) * size_of::<(usize, usize)>(),
-            rate: if slots > 0 { closed as f64 / slots as f64 } else { 0.0 },
+            rate: if slots > 0 {
+                closed as f64 / slots as f64
+            } else {
+                0.0
+            },
             longest_segment: lengths().max().unwrap_or(0),
             ..Stats::default()
         }

@@ -123,33 +123,37 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
         ));
     };
     let file = w.memory_file();
-    let number = |suffix: &str, default: usize| {
-        file.u32(&w.memory_key(suffix)).map_or(default, |n| n as usize)
+    let number = |suffix: &str, default: usize| -> Result<usize> {
+        let in_file = file.opt_u32(&w.memory_key(suffix))?;
+        Ok(in_file.map_or(default, |n| n as usize))
     };
-    let word = |suffix: &str, default: &str| {
-        file.str(&w.memory_key(suffix)).unwrap_or(default).to_owned()
+    let word = |suffix: &str, default: &str| -> Result<String> {
+        let in_file = file.opt_str(&w.memory_key(suffix))?;
+        Ok(in_file.unwrap_or(default).to_owned())
     };
     let choice = |key: &str, got: String, yes: &str, no: &str| match got {
         got if got == yes => Ok(true),
         got if got == no => Ok(false),
         got => Err(spec.refuse(format!("`{key}` is `{no}` or `{yes}`, got `{got}`"))),
     };
-    let tau = file.f32(&w.memory_key("decider.threshold")).unwrap_or(0.5);
-    let position: String = spec.get("position", word("position", "keep"))?;
-    let sees: String = spec.get("sees", word("node.sees", "segment"))?;
-    let reset: String = spec.get("reset", word("reset", "cut"))?;
+    let tau = file
+        .opt_f32(&w.memory_key("decider.threshold"))?
+        .unwrap_or(0.5);
+    let position: String = spec.get("position", word("position", "keep")?)?;
+    let sees: String = spec.get("sees", word("node.sees", "segment")?)?;
+    let reset: String = spec.get("reset", word("reset", "cut")?)?;
     let cfg = Config {
-        sinks: spec.get("sinks", number("sinks", 0))?,
-        window: spec.get("window", number("window", 0))?,
+        sinks: spec.get("sinks", number("sinks", 0)?)?,
+        window: spec.get("window", number("window", 0)?)?,
         compact: choice("position", position, "compact", "keep")?,
         sees_nodes: choice("sees", sees, "nodes", "segment")?,
         reset: choice("reset", reset, "cut", "never")?,
         tau: spec.get("tau", tau)?,
-        min_segment: spec.get("min", number("decider.min_segment", 1))?,
-        max_segment: spec.get("max", number("decider.max_segment", 64))?,
-        top_k: spec.get("top_k", number("node.top_k", 0))?,
-        node_max: spec.get("node_max", number("node.max", 0))?,
-        fanin: spec.get("fanin", number("node.fanin", 4))?,
+        min_segment: spec.get("min", number("decider.min_segment", 1)?)?,
+        max_segment: spec.get("max", number("decider.max_segment", 64)?)?,
+        top_k: spec.get("top_k", number("node.top_k", 0)?)?,
+        node_max: spec.get("node_max", number("node.max", 0)?)?,
+        fanin: spec.get("fanin", number("node.fanin", 4)?)?,
         decider: Decider::parse(ctx, spec)?,
     };
     if cfg.compact && cfg.window > 0 {
@@ -172,7 +176,9 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
         )));
     }
     if cfg.sees_nodes && matches!(cfg.decider, Decider::Entropy { .. }) {
-        tracing::debug!("the entropy rule needs every token's logits: closed segments are not skipped");
+        tracing::debug!(
+            "the entropy rule needs every token's logits: closed segments are not skipped"
+        );
     }
     let target = spec.get("target_rate", 0.0)?;
     if target < 0.0 {
@@ -207,7 +213,9 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
         cfg,
     };
     if target > 0.0 {
-        memory.set("target_rate", target).map_err(|e| spec.refuse(e))?;
+        memory
+            .set("target_rate", target)
+            .map_err(|e| spec.refuse(e))?;
     }
     Ok(Box::new(memory))
 }
@@ -544,8 +552,8 @@ impl Nodes {
                 );
             }
             len += 1;
-            let cut = len >= self.cfg.max_segment
-                || (len >= self.cfg.min_segment && p > self.cfg.tau);
+            let cut =
+                len >= self.cfg.max_segment || (len >= self.cfg.min_segment && p > self.cfg.tau);
             if cut {
                 state.logits = logits[i * n_vocab..(i + 1) * n_vocab].to_vec();
                 return (i + 1, p);
@@ -703,10 +711,13 @@ impl Memory for Nodes {
 
     fn restore(&mut self, from: &mut Decoder<'_>) -> io::Result<()> {
         let width = self.tensors().width;
-        self.state.restore(from, width, self.ctx.weights.hparams.n_vocab)?;
+        self.state
+            .restore(from, width, self.ctx.weights.hparams.n_vocab)?;
         let n = from.u64()?;
         if n > self.ctx.n_ctx as u64 {
-            return Err(io::Error::other(format!("{n} nodes do not fit the context")));
+            return Err(io::Error::other(format!(
+                "{n} nodes do not fit the context"
+            )));
         }
         self.nodes = (0..n)
             .map(|_| Node::restore(from, width))
@@ -717,7 +728,10 @@ impl Memory for Nodes {
             && self.state.seg_start <= self.state.n_tokens
             && self.state.seg_raw <= self.store.raw_end()
             && self.store.raw_begin() <= self.first_seen()
-            && self.nodes.iter().all(|n| n.n_cells <= self.tensors().n_slots);
+            && self
+                .nodes
+                .iter()
+                .all(|n| n.n_cells <= self.tensors().n_slots);
         if sound {
             Ok(())
         } else {
@@ -747,14 +761,16 @@ impl Memory for Nodes {
             cell_bytes: self.store.bytes(),
             state_bytes,
             full_bytes: s.n_tokens * self.ctx.cell_bytes(),
-            bound_bytes: self
-                .ctx
-                .page_bound(n_cells + 1 + self.tensors().n_slots, 2)
+            bound_bytes: self.ctx.page_bound(n_cells + 1 + self.tensors().n_slots, 2)
                 + state_bytes
                 + size_of::<Node>()
                 + width,
             rate: if slots > 0.0 { s.seg_sum / slots } else { 0.0 },
-            rate_spread: if s.seg_count > 1 { var.max(0.0).sqrt() / mean } else { 0.0 },
+            rate_spread: if s.seg_count > 1 {
+                var.max(0.0).sqrt() / mean
+            } else {
+                0.0
+            },
             longest_segment: s.seg_longest.max(s.n_tokens - s.seg_start),
             tau: Some(s.control.map_or(self.cfg.tau, |c| c.tau(self.cfg.tau))),
         }
@@ -789,7 +805,11 @@ impl Memory for Nodes {
                 });
             }
             "target_rate" => return Err(format!("target_rate {value} is not positive")),
-            _ => return Err(format!("the nodes memory has no dial `{dial}`; it has tau and target_rate")),
+            _ => {
+                return Err(format!(
+                    "the nodes memory has no dial `{dial}`; it has tau and target_rate"
+                ));
+            }
         }
         Ok(())
     }
@@ -831,7 +851,12 @@ impl Node {
 
 impl State {
     fn save(&self, out: &mut Encoder<'_>) -> io::Result<()> {
-        for n in [self.n_tokens, self.n_entries, self.seg_start, self.seg_longest] {
+        for n in [
+            self.n_tokens,
+            self.n_entries,
+            self.seg_start,
+            self.seg_longest,
+        ] {
             out.u64(n as u64)?;
         }
         for n in [self.seg_raw, self.next_id, self.seg_count] {
@@ -889,7 +914,10 @@ impl State {
             match n {
                 0 => Ok(None),
                 n if (n as usize) <= n_vocab => Ok(Some(n - 1)),
-                n => Err(io::Error::other(format!("token id {} is outside the vocabulary", n - 1))),
+                n => Err(io::Error::other(format!(
+                    "token id {} is outside the vocabulary",
+                    n - 1
+                ))),
             }
         };
         self.before = token(from.u32()?)?;

@@ -166,11 +166,7 @@ impl Store {
 
     /// Bytes of the pages held, pages shared with a fork included.
     pub fn bytes(&self) -> usize {
-        let pages: usize = self
-            .layers
-            .iter()
-            .map(|l| l.kept.len() + l.raw.len())
-            .sum();
+        let pages: usize = self.layers.iter().map(|l| l.kept.len() + l.raw.len()).sum();
         pages * self.layout.page_bytes()
     }
 
@@ -356,7 +352,9 @@ impl Store {
         let mut layers = Vec::with_capacity(self.layers.len());
         for _ in 0..self.layers.len() {
             let raw_begin = from.u64()?;
-            let held = raw_end.checked_sub(raw_begin).and_then(|n| n.checked_add(n_kept));
+            let held = raw_end
+                .checked_sub(raw_begin)
+                .and_then(|n| n.checked_add(n_kept));
             if held.is_none_or(|n| n > n_ctx as u64) {
                 return Err(io::Error::other(format!(
                     "{n_kept} kept and {raw_begin}..{raw_end} raw cells do not fit a context of {n_ctx}"

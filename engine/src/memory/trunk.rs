@@ -107,7 +107,7 @@ impl NodeTensors {
         }
         let file = from.adapter.unwrap_or(from.gguf);
         let key = |suffix: &str| format!("{}.memory.{suffix}", hp.arch);
-        let need = |suffix: &str| match file.u32(&key(suffix)) {
+        let need = |suffix: &str| match file.opt_u32(&key(suffix))? {
             Some(n @ 1..=65_536) => Ok(n as usize),
             other => Err(Error::Key {
                 key: key(suffix),
@@ -119,8 +119,8 @@ impl NodeTensors {
         };
         let c = need("compressor.embedding_length")?;
         let n_head = need("compressor.head_count")?;
-        let n_blocks = file.u32(&key("compressor.block_count")).unwrap_or(0) as usize;
-        let n_slots = match file.u32(&key("node.slots")) {
+        let n_blocks = file.opt_u32(&key("compressor.block_count"))?.unwrap_or(0) as usize;
+        let n_slots = match file.opt_u32(&key("node.slots"))? {
             None => 1,
             Some(_) => need("node.slots")?,
         };
@@ -136,7 +136,7 @@ impl NodeTensors {
                 what: format!("{n_blocks} blocks are more than 64"),
             });
         }
-        if let Some(k) = file.u32(&key("compressor.conv_kernel"))
+        if let Some(k) = file.opt_u32(&key("compressor.conv_kernel"))?
             && k as usize != CONV
         {
             return Err(Error::Key {
@@ -180,7 +180,13 @@ impl NodeTensors {
 
     /// Runs the trunk over embeddings `x` `[n, n_embd]`: its outputs h `[n, c]`, and the boundary
     /// probability of each token if the file has a decider.
-    pub fn read(&self, ops: &Cpu, at: &mut TrunkState, x: &[f32], n: usize) -> (Vec<f32>, Vec<f32>) {
+    pub fn read(
+        &self,
+        ops: &Cpu,
+        at: &mut TrunkState,
+        x: &[f32],
+        n: usize,
+    ) -> (Vec<f32>, Vec<f32>) {
         let c = self.width;
         let mut normed = vec![0.0; x.len()];
         ops.rms_norm(x, &self.in_norm, EPS, &mut normed);
@@ -203,19 +209,25 @@ impl NodeTensors {
 
     /// Folds `h` `[n, c]` into the active memory `state`, which starts anew before each of
     /// `resets`, and returns the readout r `[n, c]` after every token.
-    pub fn fold(&self, ops: &Cpu, state: &mut [f32], h: &[f32], n: usize, resets: &[usize]) -> Vec<f32> {
+    pub fn fold(
+        &self,
+        ops: &Cpu,
+        state: &mut [f32],
+        h: &[f32],
+        n: usize,
+        resets: &[usize],
+    ) -> Vec<f32> {
         let c = self.width;
         let mut qkv = vec![0.0; n * 3 * c];
         let mut gate = vec![0.0; n * c];
         ops.mul_mat(
             h,
             n,
-            &mut [
-                (&self.active.qkv, &mut qkv),
-                (&self.active.gate, &mut gate),
-            ],
+            &mut [(&self.active.qkv, &mut qkv), (&self.active.gate, &mut gate)],
         );
-        let mut r = self.active.recur(ops, state, h, &qkv, n, self.n_head, resets);
+        let mut r = self
+            .active
+            .recur(ops, state, h, &qkv, n, self.n_head, resets);
         ops.swiglu_gate(&mut r, &gate);
         r
     }
@@ -263,11 +275,7 @@ impl Delta {
         let d = c / n_head;
         let mut beta = vec![0.0; n * n_head];
         let mut g = vec![0.0; n * n_head];
-        ops.mul_mat(
-            y,
-            n,
-            &mut [(&self.beta, &mut beta), (&self.alpha, &mut g)],
-        );
+        ops.mul_mat(y, n, &mut [(&self.beta, &mut beta), (&self.alpha, &mut g)]);
         for t in 0..n {
             for j in 0..n_head {
                 let at = t * n_head + j;
@@ -308,7 +316,13 @@ impl Delta {
 }
 
 impl Block {
-    fn load(from: &mut Loader<'_>, prefix: &str, c: usize, n_head: usize, n_ff: usize) -> Result<Block> {
+    fn load(
+        from: &mut Loader<'_>,
+        prefix: &str,
+        c: usize,
+        n_head: usize,
+        n_ff: usize,
+    ) -> Result<Block> {
         let name = |suffix: &str| format!("{prefix}.{suffix}");
         Ok(Block {
             norm: from.vector(&name("norm.weight"), c)?,
@@ -332,13 +346,12 @@ impl Block {
         ops.mul_mat(
             &y,
             n,
-            &mut [
-                (&self.delta.qkv, &mut qkv),
-                (&self.delta.gate, &mut gate),
-            ],
+            &mut [(&self.delta.qkv, &mut qkv), (&self.delta.gate, &mut gate)],
         );
         let qkv = self.convolve(&mut at.conv, &qkv, n);
-        let mut o = self.delta.recur(ops, &mut at.state, &y, &qkv, n, n_head, &[]);
+        let mut o = self
+            .delta
+            .recur(ops, &mut at.state, &y, &qkv, n, n_head, &[]);
         ops.swiglu_gate(&mut o, &gate);
         ops.mul_mat(&o, n, &mut [(&self.out, &mut y)]);
         ops.add(u, &y);
@@ -400,7 +413,14 @@ impl Head {
         Ok(None)
     }
 
-    fn probabilities(&self, ops: &Cpu, h: &[f32], n: usize, c: usize, last: Option<&[f32]>) -> Vec<f32> {
+    fn probabilities(
+        &self,
+        ops: &Cpu,
+        h: &[f32],
+        n: usize,
+        c: usize,
+        last: Option<&[f32]>,
+    ) -> Vec<f32> {
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f32>();
         match self {
             Head::Linear { weight, bias } => h
@@ -435,7 +455,10 @@ impl Head {
                     let cos = if norm > 0.0 { dot(q, k) / norm } else { 1.0 };
                     ((1.0 - cos) / 2.0).clamp(0.0, 1.0)
                 };
-                qs.chunks_exact(c).zip(ks.chunks_exact(c)).map(cosine).collect()
+                qs.chunks_exact(c)
+                    .zip(ks.chunks_exact(c))
+                    .map(cosine)
+                    .collect()
             }
         }
     }
@@ -477,14 +500,20 @@ impl TrunkState {
     }
 
     /// Reads what [`TrunkState::save`] wrote, into a state of the same model.
-    pub fn restore(&mut self, from: &mut crate::session::Decoder<'_>, width: usize) -> std::io::Result<()> {
+    pub fn restore(
+        &mut self,
+        from: &mut crate::session::Decoder<'_>,
+        width: usize,
+    ) -> std::io::Result<()> {
         for block in &mut self.blocks {
             from.f32s_into(&mut block.state)?;
             from.f32s_into(&mut block.conv)?;
         }
         let last = from.f32s()?;
         if !last.is_empty() && last.len() != width {
-            return Err(std::io::Error::other("the trunk's output has another width"));
+            return Err(std::io::Error::other(
+                "the trunk's output has another width",
+            ));
         }
         self.last = (!last.is_empty()).then(|| last.into());
         Ok(())

@@ -83,7 +83,10 @@ impl Span {
     /// there is still held, else none.
     pub fn truncate(&mut self, store: &mut Store, n: usize) -> usize {
         let n = n.min(self.n_tokens);
-        let shorter = Span { n_tokens: n, ..*self };
+        let shorter = Span {
+            n_tokens: n,
+            ..*self
+        };
         let n = if n == self.n_tokens || store.raw_begin() <= shorter.first_seen() {
             n
         } else {

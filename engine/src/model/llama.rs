@@ -32,8 +32,24 @@ pub fn forward(pass: &mut Pass<'_>) {
             ops.add_bias(&mut s.v, bias);
         }
         let rope = RopeKind::Norm;
-        ops.rope(rope, &mut s.q, hp.n_head, hp.head_dim, &pass.pos, inv_freq, mscale);
-        ops.rope(rope, &mut s.k, hp.n_head_kv, hp.head_dim, &pass.pos, inv_freq, mscale);
+        ops.rope(
+            rope,
+            &mut s.q,
+            hp.n_head,
+            hp.head_dim,
+            &pass.pos,
+            inv_freq,
+            mscale,
+        );
+        ops.rope(
+            rope,
+            &mut s.k,
+            hp.n_head_kv,
+            hp.head_dim,
+            &pass.pos,
+            inv_freq,
+            mscale,
+        );
 
         pass.attend(il);
         pass.keep_wanted_rows(il);

@@ -35,7 +35,7 @@ pub struct Scratch {
 
 /// One sequence's share of a pass.
 struct Part<'a> {
-    memory: &'a mut dyn Memory,
+    memory: &'a mut (dyn Memory + 'static),
     plan: &'a Plan,
     cells: Vec<Cell>,
     visible: Vec<Visible>,
@@ -64,7 +64,7 @@ impl<'a> Pass<'a> {
         ops: &'a Cpu,
         w: &'a Weights,
         s: &'a mut Scratch,
-        sequences: Vec<(&'a mut dyn Memory, &'a Plan)>,
+        sequences: Vec<(&'a mut (dyn Memory + 'static), &'a Plan)>,
         out_rows: Vec<usize>,
     ) -> Pass<'a> {
         let mut pos = Vec::new();
@@ -189,7 +189,9 @@ impl<'a> Pass<'a> {
         for (to, &from) in self.out_rows.iter().enumerate() {
             let x = from * hp.n_embd..(from + 1) * hp.n_embd;
             self.s.x.copy_within(x, to * hp.n_embd);
-            self.s.att.copy_within(from * n_q..(from + 1) * n_q, to * n_q);
+            self.s
+                .att
+                .copy_within(from * n_q..(from + 1) * n_q, to * n_q);
         }
         let n = self.out_rows.len();
         self.s.x.truncate(n * hp.n_embd);
@@ -211,10 +213,7 @@ impl<'a> Pass<'a> {
         self.ops.mul_mat(
             &s.h,
             n,
-            &mut [
-                (&layer.ffn_gate, &mut s.gate),
-                (&layer.ffn_up, &mut s.up),
-            ],
+            &mut [(&layer.ffn_gate, &mut s.gate), (&layer.ffn_up, &mut s.up)],
         );
         self.ops.swiglu(&s.gate, &s.up, &mut s.act);
         self.ops

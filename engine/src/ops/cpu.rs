@@ -1,7 +1,8 @@
 //! The verbs on the host: our kernels for the hot weight types, ggml's dot products for the rest.
 
 use crate::error::{Error, Result};
-use crate::gguf::{Gguf, GgmlType, TensorInfo};
+use crate::gguf::{GgmlType, Gguf, TensorInfo};
+use ggml_sys::RowDot;
 use mneme_kernels::attend::{self, PageLayout};
 use mneme_kernels::mul_mat::{Packed, WeightType};
 use mneme_kernels::pool::Pool;
@@ -20,7 +21,7 @@ pub enum Matrix {
     /// Rows interleaved for our kernels; the file's copy is no longer needed.
     Packed(Packed),
     /// As it lies in the file, multiplied through ggml's `vec_dot`.
-    Mapped(Table),
+    Mapped(Table, RowDot),
 }
 
 /// Rows of a tensor as they lie in the file, to be read one at a time.
@@ -58,8 +59,11 @@ impl Table {
         let bytes = &self.bytes()[row * bytes..(row + 1) * bytes];
         match weight_type(self.info.ty) {
             Some(ty) => quant::dequantize_row(ty, bytes, out),
-            None => ggml_sys::dequantize_row(self.info.ty.id(), bytes, out)
-                .expect("the type was checked when the table was made"),
+            None => {
+                let ty = ggml_sys::Type::from_id(self.info.ty.id());
+                let ty = ty.expect("the type was checked when the table was made");
+                ggml_sys::dequantize(ty, bytes, out).expect("a row is whole blocks");
+            }
         }
     }
 }
@@ -83,7 +87,7 @@ impl Matrix {
     pub fn n_rows(&self) -> usize {
         match self {
             Matrix::Packed(p) => p.n_rows(),
-            Matrix::Mapped(t) => t.n_rows,
+            Matrix::Mapped(t, _) => t.n_rows,
         }
     }
 
@@ -91,7 +95,7 @@ impl Matrix {
     pub fn n_bytes(&self) -> usize {
         match self {
             Matrix::Packed(p) => p.n_bytes(),
-            Matrix::Mapped(t) => t.bytes().len(),
+            Matrix::Mapped(t, _) => t.bytes().len(),
         }
     }
 
@@ -99,7 +103,7 @@ impl Matrix {
     pub fn owned_bytes(&self) -> usize {
         match self {
             Matrix::Packed(p) => p.n_bytes(),
-            Matrix::Mapped(_) => 0,
+            Matrix::Mapped(..) => 0,
         }
     }
 }
@@ -138,14 +142,17 @@ impl Cpu {
                 table.gguf.release(&table.info);
                 Ok(Matrix::Packed(packed))
             }
-            None if ggml_sys::can_vec_dot(table.info.ty.id()) => Ok(Matrix::Mapped(table)),
-            None => Err(refuse("as a weight matrix")),
+            None => match ggml_sys::Type::from_id(table.info.ty.id()).and_then(RowDot::new) {
+                Some(dot) => Ok(Matrix::Mapped(table, dot)),
+                None => Err(refuse("as a weight matrix")),
+            },
         }
     }
 
     /// A table whose rows can be read as F32.
     pub fn table(&self, table: Table) -> Result<Table> {
-        if weight_type(table.info.ty).is_some() || ggml_sys::can_dequantize(table.info.ty.id()) {
+        let ggml = ggml_sys::Type::from_id(table.info.ty.id());
+        if weight_type(table.info.ty).is_some() || ggml.is_some_and(|ty| ty.can_dequantize()) {
             Ok(table)
         } else {
             Err(Error::TensorType {
@@ -163,7 +170,7 @@ impl Cpu {
         for (matrix, out) in mats.iter_mut() {
             match matrix {
                 Matrix::Packed(p) => packed.push((p, out)),
-                Matrix::Mapped(table) => self.mul_mat_ggml(x, n_tokens, table, out),
+                Matrix::Mapped(table, dot) => self.mul_mat_ggml(x, n_tokens, table, dot, out),
             }
         }
         if !packed.is_empty() {
@@ -173,19 +180,34 @@ impl Cpu {
 
     /// One row dot product after the other through ggml, rows split over the threads. Slow in
     /// prefill, right for every type ggml knows.
-    fn mul_mat_ggml(&self, x: &[f32], n_tokens: usize, table: &Table, out: &mut [f32]) {
-        let ty = table.info.ty.id();
-        let acts = ggml_sys::DotInput::new(ty, x, table.n_cols)
-            .expect("the type was checked when the matrix was made");
-        let row_bytes = table.row_bytes();
-        let bytes = table.bytes();
-        let (n_rows, base) = (table.n_rows, out.as_mut_ptr() as usize);
+    fn mul_mat_ggml(
+        &self,
+        x: &[f32],
+        n_tokens: usize,
+        table: &Table,
+        dot: &RowDot,
+        out: &mut [f32],
+    ) {
+        let (n_rows, n_cols) = (table.n_rows, table.n_cols);
         assert_eq!(out.len(), n_rows * n_tokens);
+        let act_bytes = dot.activation_type().row_bytes(n_cols);
+        let act_bytes = act_bytes.expect("rows are whole blocks");
+        // Activation blocks hold F32 scales: keep every row at a multiple of four.
+        let stride = act_bytes.next_multiple_of(4);
+        let mut acts = vec![0u32; n_tokens * stride / 4];
+        let acts: &mut [u8] = bytemuck::cast_slice_mut(&mut acts);
+        for (x, act) in x.chunks_exact(n_cols).zip(acts.chunks_exact_mut(stride)) {
+            dot.quantize_activation(x, &mut act[..act_bytes])
+                .expect("sized for this row");
+        }
+        let (row_bytes, bytes) = (table.row_bytes(), table.bytes());
+        let (acts, base) = (&*acts, out.as_mut_ptr() as usize);
         self.pool.for_each(n_rows, 16, |rows| {
             for r in rows {
                 let row = &bytes[r * row_bytes..(r + 1) * row_bytes];
-                for t in 0..n_tokens {
-                    let dot = acts.dot(row, t);
+                for (t, act) in acts.chunks_exact(stride).enumerate() {
+                    let dot = dot.dot(n_cols, row, &act[..act_bytes]);
+                    let dot = dot.expect("sized for this row");
                     // SAFETY: (t, r) is inside out, and each r belongs to one thread.
                     unsafe { *(base as *mut f32).add(t * n_rows + r) = dot };
                 }
@@ -208,7 +230,8 @@ impl Cpu {
 
     /// [`Cpu::rms_norm`] over `x` itself.
     pub fn rms_norm_in_place(&self, x: &mut [f32], w: &[f32], eps: f32) {
-        rms_norm::rms_norm_in_place(&self.pool, x, w, eps);
+        let y = x.to_vec();
+        rms_norm::rms_norm(&self.pool, &y, w, eps, x);
     }
 
     /// Rotates the first `2 * inv_freq.len()` values of each head of `x` `[n, n_head, head_dim]`.
@@ -231,6 +254,12 @@ impl Cpu {
     /// `silu(gate) * up`.
     pub fn swiglu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
         swiglu::swiglu(&self.pool, gate, up, out);
+    }
+
+    /// `x *= silu(gate)`.
+    pub fn swiglu_gate(&self, x: &mut [f32], gate: &[f32]) {
+        let up = x.to_vec();
+        swiglu::swiglu(&self.pool, gate, &up, x);
     }
 
     /// `x += y`.
