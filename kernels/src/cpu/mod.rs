@@ -3,8 +3,11 @@
 //! Every table asserts that the set is available, so that the unsafe functions it returns may
 //! be called on this machine.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 pub(crate) mod scalar;
 
+use crate::attend::tile::PageKernels;
 use crate::dispatch::{Isa, available};
 use crate::rope::RopeKind;
 
@@ -44,4 +47,14 @@ pub(crate) fn add(isa: Isa) -> Add {
 pub(crate) fn rope(isa: Isa) -> Rope {
     check(isa);
     scalar::rope::rope
+}
+
+/// None: the scalar set, which goes cell by cell.
+pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
+    check(isa);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
+        _ => None,
+    }
 }

@@ -1,0 +1,3 @@
+//! x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
+
+pub(crate) mod attend;
