@@ -1,3 +1,4 @@
 //! The engine of mneme: reads GGUF files, tokenises, runs models over compressed memories, samples.
 
 pub mod gguf;
+pub mod tokenizer;
