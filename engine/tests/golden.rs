@@ -1,8 +1,8 @@
 //! Logits of the fixtures against PyTorch, however a prompt is fed.
 
-mod fixture;
+mod checkpoint;
 
-use fixture::{Fixture, names, worst};
+use checkpoint::{Fixture, names, worst};
 use mneme_engine::engine::N_UBATCH;
 use mneme_engine::ops::Cpu;
 use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
