@@ -1,1 +1,3 @@
-//! 
+//! The engine of mneme: reads GGUF files, tokenises, runs models over compressed memories, samples.
+
+pub mod gguf;
