@@ -104,9 +104,6 @@ fn ahn_matches_pytorch() {
 #[test]
 fn segments_match_the_reference() {
     for name in names(&["nodes-", "gist-"]) {
-        if name == "nodes-sentence" {
-            continue;
-        }
         let ops = Cpu::new(1);
         let fixture = Fixture::open(&name, &ops);
         let mut engine = Engine::new(fixture.model.clone(), ops, N_UBATCH);

@@ -2,9 +2,11 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+use mneme_convert::ConvertOptions;
 use mneme_engine::ops::Cpu;
 use mneme_engine::{LoadOptions, Model};
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -40,7 +42,10 @@ pub fn names(prefixes: &[&str]) -> Vec<String> {
 
 impl Fixture {
     pub fn open(name: &str, ops: &Cpu) -> Fixture {
-        let path = PathBuf::from(format!("/tmp/fx/{name}.gguf"));
+        let gguf = tempfile::tempdir().expect("a folder");
+        let path = gguf.path().join("model.gguf");
+        let options = ConvertOptions::new(dir().join(name), &path);
+        mneme_convert::convert(&options, &mut |_| ControlFlow::Continue(())).expect(name);
         let model = Model::load(&path, &LoadOptions::default(), ops, |_, _| {}).expect(name);
         let folder = dir().join(name);
         let bytes = std::fs::read(folder.join("expected.safetensors")).expect(name);
