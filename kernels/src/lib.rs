@@ -11,6 +11,7 @@ pub mod add;
 mod cpu;
 pub mod dispatch;
 pub mod mul_mat;
+pub mod peak;
 pub mod pool;
 pub mod quant;
 pub mod rms_norm;
