@@ -21,6 +21,18 @@ pub(crate) const KERNELS: PageKernels = PageKernels {
     integer_q: true,
 };
 
+/// How far ahead of use a page's bytes are asked for. The processor's own prefetch stops at each
+/// 4 KiB boundary.
+const AHEAD: usize = 4096;
+
+/// Asks for the cache line `AHEAD` of `p`, which may lie anywhere.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(p: *const u8) {
+    // SAFETY: a prefetch never faults and changes no value.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD).cast()) }
+}
+
 /// Calls `$f::<R, ..>` with the constant `R` equal to `$rows`.
 macro_rules! with_rows {
     ($rows:expr, $f:ident::<$($g:tt),*> $args:tt) => {
@@ -142,6 +154,9 @@ unsafe fn score_rows<const R: usize, const TY: u8>(
     for i in 0..dim {
         // SAFETY: `dim` rows of 32 keys' numbers and of `ROWS` queries.
         unsafe {
+            if TY != F32 {
+                prefetch(keys.add(i * HALF_CELLS * 2));
+            }
             let k = [
                 load::<TY>(keys, i * HALF_CELLS),
                 load::<TY>(keys, i * HALF_CELLS + 16),
@@ -212,6 +227,8 @@ unsafe fn score_rows_q8_0<const R: usize>(
                 low[r] = [_mm512_set1_epi32(*bias.add(1)); 2];
             }
             for word in 0..WORDS {
+                prefetch(keys.add(word * 128));
+                prefetch(keys.add(word * 128 + 64));
                 let k = [
                     _mm512_loadu_si512(keys.add(word * 128).cast()),
                     _mm512_loadu_si512(keys.add(word * 128 + 64).cast()),
@@ -371,6 +388,9 @@ unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
         for c in run {
             // SAFETY: 64 cells of `16 N` values, `R` rows of 64 weights.
             unsafe {
+                if TY != F32 {
+                    prefetch(values.add(c * N * 32));
+                }
                 let mut v = [_mm512_setzero_ps(); N];
                 for j in 0..N {
                     v[j] = load::<TY>(values, (c * N + j) * 16);
@@ -500,6 +520,8 @@ unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen
         }
         // SAFETY: 16 groups of 4 cells x 32 dimensions, `R` rows of 2 x 64 weights.
         unsafe {
+            prefetch(values.add(group * 128));
+            prefetch(values.add(group * 128 + 64));
             let v = [
                 _mm512_loadu_si512(values.add(group * 128).cast()),
                 _mm512_loadu_si512(values.add(group * 128 + 64).cast()),
