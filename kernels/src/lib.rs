@@ -7,5 +7,15 @@
 //! Every op is *batch invariant*: the numbers of a row do not depend, to the last bit, on which
 //! other rows are in the call, on the number of threads, or on how a prompt was cut into chunks.
 
+pub mod add;
+pub mod attend;
+mod cpu;
 pub mod dispatch;
+pub mod mul_mat;
 pub mod pool;
+pub mod quant;
+pub mod recur;
+pub mod rms_norm;
+pub mod rope;
+mod split;
+pub mod swiglu;

@@ -1,0 +1,9 @@
+//! Plain Rust with F64 sums: the oracle of every other instruction set.
+
+pub(crate) mod add;
+pub(crate) mod attend;
+pub(crate) mod mul_mat;
+pub(crate) mod recur;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
+pub(crate) mod swiglu;

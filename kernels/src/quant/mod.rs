@@ -1,0 +1,129 @@
+//! Weight types: the bytes of a row as GGUF files store them, and what those bytes mean.
+//!
+//! One file per block type, each with its layout, its size and `dequantize`. The kernels never
+//! compute on these layouts directly; `mul_mat` interleaves them first (see `mul_mat::layout`).
+//! Layouts are those of the GGUF specification and ggml's quantisation types of the same names.
+
+mod q4_0;
+mod q4_k;
+mod q6_k;
+mod q8_0;
+
+pub use q4_0::BlockQ4_0;
+pub use q4_k::BlockQ4K;
+pub use q6_k::BlockQ6K;
+pub use q8_0::BlockQ8_0;
+
+use half::{bf16, f16};
+
+/// How the numbers of a weight matrix are stored. Names are GGUF's.
+#[allow(non_camel_case_types)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WeightType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an IEEE single.
+    BF16,
+    /// Blocks of 32: an F16 scale and 32 signed bytes.
+    Q8_0,
+    /// Blocks of 32: an F16 scale and 32 4-bit values, zero at 8.
+    Q4_0,
+    /// Blocks of 256: eight sub-blocks of 32 4-bit values with 6-bit scales and minima.
+    Q4_K,
+    /// Blocks of 256: sixteen sub-blocks of 16 6-bit values with 8-bit scales, zero at 32.
+    Q6_K,
+}
+
+impl WeightType {
+    /// Every type, in the order of the enum; for tables and tests.
+    pub const ALL: [WeightType; 7] = [
+        WeightType::F32,
+        WeightType::F16,
+        WeightType::BF16,
+        WeightType::Q8_0,
+        WeightType::Q4_0,
+        WeightType::Q4_K,
+        WeightType::Q6_K,
+    ];
+
+    /// GGUF's name of the type.
+    pub fn name(self) -> &'static str {
+        match self {
+            WeightType::F32 => "F32",
+            WeightType::F16 => "F16",
+            WeightType::BF16 => "BF16",
+            WeightType::Q8_0 => "Q8_0",
+            WeightType::Q4_0 => "Q4_0",
+            WeightType::Q4_K => "Q4_K",
+            WeightType::Q6_K => "Q6_K",
+        }
+    }
+
+    /// Numbers per block; a row holds a whole number of blocks.
+    pub fn block_len(self) -> usize {
+        match self {
+            WeightType::F32 | WeightType::F16 | WeightType::BF16 => 1,
+            WeightType::Q8_0 | WeightType::Q4_0 => 32,
+            WeightType::Q4_K | WeightType::Q6_K => 256,
+        }
+    }
+
+    /// Bytes per block.
+    pub fn block_bytes(self) -> usize {
+        match self {
+            WeightType::F32 => 4,
+            WeightType::F16 | WeightType::BF16 => 2,
+            WeightType::Q8_0 => BlockQ8_0::BYTES,
+            WeightType::Q4_0 => BlockQ4_0::BYTES,
+            WeightType::Q4_K => BlockQ4K::BYTES,
+            WeightType::Q6_K => BlockQ6K::BYTES,
+        }
+    }
+
+    /// Bytes of a row of `n_cols` numbers; `None` unless `n_cols` is a whole number of blocks.
+    pub fn row_bytes(self, n_cols: usize) -> Option<usize> {
+        if !n_cols.is_multiple_of(self.block_len()) {
+            return None;
+        }
+        (n_cols / self.block_len()).checked_mul(self.block_bytes())
+    }
+}
+
+/// Writes the numbers of one row (or of any whole number of blocks) into `out`.
+///
+/// # Panics
+/// If `bytes` is not exactly the row of `out.len()` numbers.
+pub fn dequantize_row(ty: WeightType, bytes: &[u8], out: &mut [f32]) {
+    assert_eq!(
+        Some(bytes.len()),
+        ty.row_bytes(out.len()),
+        "{} row of {} numbers: wrong number of bytes",
+        ty.name(),
+        out.len()
+    );
+    let blocks = bytes.chunks_exact(ty.block_bytes());
+    let outs = out.chunks_exact_mut(ty.block_len());
+    let pairs = blocks.zip(outs);
+    match ty {
+        WeightType::F32 => {
+            pairs.for_each(|(b, o)| o[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        }
+        WeightType::F16 => {
+            pairs.for_each(|(b, o)| o[0] = f16::from_le_bytes([b[0], b[1]]).to_f32());
+        }
+        WeightType::BF16 => {
+            pairs.for_each(|(b, o)| o[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32());
+        }
+        WeightType::Q8_0 => pairs.for_each(|(b, o)| BlockQ8_0::read(b).dequantize(o)),
+        WeightType::Q4_0 => pairs.for_each(|(b, o)| BlockQ4_0::read(b).dequantize(o)),
+        WeightType::Q4_K => pairs.for_each(|(b, o)| BlockQ4K::read(b).dequantize(o)),
+        WeightType::Q6_K => pairs.for_each(|(b, o)| BlockQ6K::read(b).dequantize(o)),
+    }
+}
+
+/// An F16 at the start of `bytes`, as it lies in the file.
+fn read_f16(bytes: &[u8]) -> f16 {
+    f16::from_le_bytes([bytes[0], bytes[1]])
+}
