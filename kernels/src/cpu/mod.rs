@@ -8,6 +8,7 @@ pub(crate) mod avx512;
 pub(crate) mod mul_mat;
 pub(crate) mod scalar;
 
+use crate::attend::tile::PageKernels;
 use crate::cpu::mul_mat::{Panel, Scratch};
 use crate::dispatch::{Isa, available};
 use crate::mul_mat::activations::QuantizeRow;
@@ -60,6 +61,16 @@ pub(crate) fn mul_mat(isa: Isa) -> Option<(MulMat, QuantizeRow)> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => Some((avx512::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        _ => None,
+    }
+}
+
+/// None: the scalar set, which goes cell by cell.
+pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
+    check(isa);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
         _ => None,
     }
 }
