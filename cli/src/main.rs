@@ -4,12 +4,16 @@
 //! computes is in the engine.
 
 mod args;
+mod bench;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
 mod logits;
 mod npy;
+mod perplexity;
+mod plots;
 mod progress;
+mod report;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -31,6 +35,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// How well the model predicts a text, over all of it and by position
+    Perplexity(perplexity::Args),
+    /// Tokens per second at depths of context, for each memory
+    Bench(bench::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
 }
@@ -38,6 +46,8 @@ enum Command {
 impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
+            Command::Perplexity(args) => perplexity::run(&args),
+            Command::Bench(args) => bench::run(&args),
             Command::Logits(args) => logits::run(&args),
         }
     }

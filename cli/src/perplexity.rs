@@ -18,8 +18,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Arguments of `mneme perplexity`.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  mneme perplexity -m model.gguf -f text.txt -c 4096 \
-    --by-position --memory window:window=512,sinks=4 -o curve.svg")]
+#[command(
+    after_help = "Example:\n  mneme perplexity -m model.gguf -f text.txt -c 4096 \
+    --by-position --memory window:window=512,sinks=4 -o curve.svg"
+)]
 pub struct Args {
     /// Text to predict (UTF-8)
     #[arg(short, long, value_name = "FILE")]
@@ -79,7 +81,9 @@ impl Loss {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     interrupt::watch();
-    args.output.iter().try_for_each(|path| report::check(path))?;
+    args.output
+        .iter()
+        .try_for_each(|path| report::check(path))?;
     let bytes = std::fs::read(&args.file).with_context(|| args.file.display().to_string())?;
     let text = String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
