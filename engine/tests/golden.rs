@@ -1,8 +1,8 @@
 //! Logits of the fixtures against PyTorch, however a prompt is fed.
 
-mod fixture;
+mod checkpoint;
 
-use fixture::{Fixture, names, worst};
+use checkpoint::{Fixture, names, worst};
 use mneme_engine::engine::N_UBATCH;
 use mneme_engine::ops::Cpu;
 use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
@@ -104,9 +104,6 @@ fn ahn_matches_pytorch() {
 #[test]
 fn segments_match_the_reference() {
     for name in names(&["nodes-", "gist-"]) {
-        if name == "nodes-sentence" {
-            continue;
-        }
         let ops = Cpu::new(1);
         let fixture = Fixture::open(&name, &ops);
         let mut engine = Engine::new(fixture.model.clone(), ops, N_UBATCH);

@@ -1,9 +1,9 @@
 //! What must always hold, for every memory (docs/memory.md, "What must always hold"). A new memory
 //! is tested by adding its row.
 
-mod fixture;
+mod checkpoint;
 
-use fixture::{Fixture, worst};
+use checkpoint::{Fixture, worst};
 use mneme_engine::memory::store::live_page_bytes;
 use mneme_engine::ops::Cpu;
 use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};

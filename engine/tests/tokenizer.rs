@@ -1,6 +1,6 @@
 //! Token ids: those of the parity fixtures, and llama.cpp's on its own vocabularies when these are at hand.
 
-mod vocabulary;
+mod fixture;
 
 use std::path::Path;
 
@@ -20,9 +20,9 @@ fn ids(json: &Json) -> Vec<u32> {
 
 #[test]
 fn fixtures_text_cases() {
-    for name in vocabulary::NAMES {
-        let t = tokenizer(&vocabulary::writer(name)).unwrap();
-        let cases = vocabulary::json(name, "text_cases.json");
+    for name in fixture::NAMES {
+        let t = tokenizer(&fixture::writer(name)).unwrap();
+        let cases = fixture::json(name, "text_cases.json");
         for case in cases["encode"].as_array().unwrap() {
             let text = case["text"].as_str().unwrap();
             let add_special = case["add_special_tokens"].as_bool().unwrap();
@@ -57,7 +57,7 @@ fn fixtures_text_cases() {
 
 #[test]
 fn roles_of_the_fixtures_tokens() {
-    let t = tokenizer(&vocabulary::writer("qwen2-tiny")).unwrap();
+    let t = tokenizer(&fixture::writer("qwen2-tiny")).unwrap();
     assert_eq!(t.n_vocab(), 512);
     assert_eq!((t.bos(), t.eos(), t.eot()), (None, Some(511), Some(511)));
     assert_eq!(t.ids().padding, Some(509));
@@ -70,14 +70,14 @@ fn roles_of_the_fixtures_tokens() {
     assert_eq!(t.eos_text(), "<|im_end|>");
     assert_eq!(t.token_id("<|im_end|>"), Some(511));
 
-    let t = tokenizer(&vocabulary::writer("llama-tiny")).unwrap();
+    let t = tokenizer(&fixture::writer("llama-tiny")).unwrap();
     assert_eq!((t.bos(), t.eos()), (Some(507), Some(511)));
     assert!(
         t.add_bos(),
         "llama-bpe adds BOS where the file does not say"
     );
     assert_eq!(t.encode("", true, true), [507]);
-    let mut w = vocabulary::writer("llama-tiny");
+    let mut w = fixture::writer("llama-tiny");
     w.set("tokenizer.ggml.add_bos_token", false)
         .set("tokenizer.ggml.add_eos_token", true);
     assert_eq!(tokenizer(&w).unwrap().encode("", true, true), [511]);
@@ -85,13 +85,13 @@ fn roles_of_the_fixtures_tokens() {
 
 #[test]
 fn special_text_is_plain_text_unless_parsed() {
-    let t = tokenizer(&vocabulary::writer("qwen2-tiny")).unwrap();
+    let t = tokenizer(&fixture::writer("qwen2-tiny")).unwrap();
     assert_eq!(t.encode("<|im_end|>", false, true), [511]);
     let plain = t.encode("<|im_end|>", false, false);
     assert!(plain.len() > 3 && !plain.contains(&511), "{plain:?}");
     assert_eq!(t.decode(&plain, true), "<|im_end|>");
     // A user-defined token is recognised either way.
-    let mut w = vocabulary::writer("qwen2-tiny");
+    let mut w = fixture::writer("qwen2-tiny");
     let mut types = vec![1i32; 512];
     types[510] = 4;
     w.set("tokenizer.ggml.token_type", types);
@@ -101,7 +101,7 @@ fn special_text_is_plain_text_unless_parsed() {
 
 #[test]
 fn streaming_gives_whole_characters() {
-    let t = tokenizer(&vocabulary::writer("qwen2-tiny")).unwrap();
+    let t = tokenizer(&fixture::writer("qwen2-tiny")).unwrap();
     let text = "naïve 🦙 日本";
     let mut stream = t.stream();
     let mut parts = Vec::new();
@@ -166,7 +166,7 @@ fn sentencepiece_by_scores() {
 
 /// A vocabulary with one key changed.
 fn changed(key: &str, edit: impl FnOnce(Value) -> Value) -> GgufWriter {
-    let mut w = vocabulary::writer("qwen2-tiny");
+    let mut w = fixture::writer("qwen2-tiny");
     let old = w
         .keys()
         .iter()
@@ -255,10 +255,10 @@ proptest! {
     #[test]
     fn any_text_survives(text in "\\PC{0,40}|[ \\n\\t\\ra-z0-9'<|>_é日😀]{0,60}", parse in any::<bool>()) {
         use unicode_normalization::UnicodeNormalization;
-        let qwen = tokenizer(&vocabulary::writer("qwen2-tiny")).unwrap();
+        let qwen = tokenizer(&fixture::writer("qwen2-tiny")).unwrap();
         let expected: String = text.nfc().collect();
         prop_assert_eq!(qwen.decode(&qwen.encode(&text, true, parse), false), expected);
-        let llama = tokenizer(&vocabulary::writer("llama-tiny")).unwrap();
+        let llama = tokenizer(&fixture::writer("llama-tiny")).unwrap();
         prop_assert_eq!(llama.decode(&llama.encode(&text, false, parse), false), text.as_str());
         let spm = tokenizer(&spm_writer()).unwrap();
         if !text.contains('▁') {
@@ -269,7 +269,7 @@ proptest! {
 
 #[test]
 fn pathological_texts_end() {
-    let qwen = tokenizer(&vocabulary::writer("qwen2-tiny")).unwrap();
+    let qwen = tokenizer(&fixture::writer("qwen2-tiny")).unwrap();
     let spm = tokenizer(&spm_writer()).unwrap();
     for unit in ["a", "hello", " ", "\n", "é", "<|im_end|>", "<", "▁", "1"] {
         let text = unit.repeat(200_000 / unit.len());
