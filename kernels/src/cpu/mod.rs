@@ -4,6 +4,8 @@
 //! be called on this machine.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod mul_mat;
 pub(crate) mod scalar;
@@ -60,7 +62,9 @@ pub(crate) fn mul_mat(isa: Isa) -> Option<(MulMat, QuantizeRow)> {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => Some((avx512::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        Isa::Avx512 => Some((avx512::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => Some((amx::mul_mat::panel, avx512::mul_mat::quantize_row)),
         _ => None,
     }
 }

@@ -32,6 +32,11 @@ pub(crate) struct Panel<'a> {
 }
 
 impl Panel<'_> {
+    /// The same panel times other tokens.
+    pub(crate) fn with_tokens(&self, tokens: Range<usize>) -> Self {
+        Panel { tokens, ..*self }
+    }
+
     /// The panel's F16 scales.
     pub(crate) fn scales(&self) -> *const u8 {
         self.bytes.wrapping_add(scales_offset(self.ty, self.n_cols))

@@ -102,7 +102,7 @@ unsafe fn vector_n<const T: usize>(p: &Panel<'_>, x: Group, t: usize) {
 /// Writes the panel's rows of token `t`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn store(p: &Panel<'_>, t: usize, acc: __m512) {
+pub(in crate::cpu) unsafe fn store(p: &Panel<'_>, t: usize, acc: __m512) {
     let mask = (0xFFFFu32 >> (ROWS - p.rows)) as u16;
     // SAFETY: the mask keeps the panel's own rows of this token.
     unsafe { _mm512_mask_storeu_ps(p.out.add(t * p.stride), mask, acc) }
@@ -111,7 +111,7 @@ pub(super) unsafe fn store(p: &Panel<'_>, t: usize, acc: __m512) {
 /// Vector `i` of the words at `bytes`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn load(bytes: *const u8, i: usize) -> __m512i {
+pub(in crate::cpu) unsafe fn load(bytes: *const u8, i: usize) -> __m512i {
     // SAFETY: the caller has that many vectors.
     unsafe { _mm512_loadu_si512(bytes.add(i * VECTOR).cast()) }
 }
@@ -127,7 +127,7 @@ unsafe fn four(q: *const i8) -> __m512i {
 /// The `i`-th run of 16 F16 numbers.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
+pub(in crate::cpu) unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
     // SAFETY: the caller has that many.
     unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes.add(2 * ROWS * i).cast())) }
 }
@@ -143,14 +143,14 @@ unsafe fn fetch(bytes: *const u8, n: usize) {
 /// Adds a block of 32: `sum * (weights' scale * activations' scale)`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn end(acc: __m512, sum: __m512i, d: __m512, dx: __m512) -> __m512 {
+pub(in crate::cpu) fn end(acc: __m512, sum: __m512i, d: __m512, dx: __m512) -> __m512 {
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(d, dx), acc)
 }
 
 /// Takes a block's minima away: `sum * (weights' dmin * activations' scale)`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn end_min(acc: __m512, sum: __m512i, dmin: __m512, dx: __m512) -> __m512 {
+pub(in crate::cpu) fn end_min(acc: __m512, sum: __m512i, dmin: __m512, dx: __m512) -> __m512 {
     _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(dmin, dx), acc)
 }
 
@@ -248,7 +248,7 @@ fn byte_pairs(v: __m512i) -> [__m512i; 2] {
 /// Sum of minima times activations over a block of 256: `mins` are pairs of sub-blocks.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn min_sum(mins: &[__m512i; 4], sums: *const i16) -> __m512i {
+pub(in crate::cpu) unsafe fn min_sum(mins: &[__m512i; 4], sums: *const i16) -> __m512i {
     let mut sum = _mm512_setzero_si512();
     for (i, &min) in mins.iter().enumerate() {
         // SAFETY: eight sums per block by the caller's promise.
@@ -471,7 +471,7 @@ unsafe fn tile_n<const T: usize>(
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn put(to: &mut [u8; VECTOR], v: __m512i) {
+pub(in crate::cpu) unsafe fn put(to: &mut [u8; VECTOR], v: __m512i) {
     // SAFETY: 64 bytes.
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
 }
@@ -496,7 +496,7 @@ unsafe fn unpack_q4_0(bytes: *const u8, blocks: Range<usize>, to: &mut Unpacked)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
+pub(in crate::cpu) unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
     let low = _mm512_set1_epi8(15);
     let byte = _mm512_set1_epi32(255);
     // SAFETY: a whole block by the caller's promise; every store is to a whole array.
@@ -524,7 +524,12 @@ unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn unpack_q6_k(block: *const u8, scales: *const u8, b: usize, to: &mut Unpacked) {
+pub(in crate::cpu) unsafe fn unpack_q6_k(
+    block: *const u8,
+    scales: *const u8,
+    b: usize,
+    to: &mut Unpacked,
+) {
     // SAFETY: a whole block by the caller's promise; every store is to a whole array.
     unsafe {
         for half in 0..2 {
