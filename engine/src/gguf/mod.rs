@@ -371,6 +371,13 @@ impl Gguf {
         self.required(key, self.opt_u64(key)?)
     }
 
+    /// A signed integer, if the key is there.
+    pub fn opt_i64(&self, key: &str) -> Result<Option<i64>, Error> {
+        self.opt(key, "an integer that fits i64", |v| {
+            i64::try_from(v.as_i128()?).ok()
+        })
+    }
+
     /// A float (an `f64` is rounded), if the key is there.
     pub fn opt_f32(&self, key: &str) -> Result<Option<f32>, Error> {
         self.opt(key, "a float", |v| Some(v.as_f64()? as f32))
