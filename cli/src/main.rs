@@ -5,8 +5,6 @@
 
 mod args;
 mod bench;
-mod convert;
-mod eval;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -15,7 +13,6 @@ mod npy;
 mod perplexity;
 mod plots;
 mod progress;
-mod quantize;
 mod report;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -38,26 +35,17 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Hugging Face checkpoints, and memories, to GGUF
-    Convert(convert::Args),
-    /// A GGUF in another type
-    Quantize(quantize::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
-    /// Measure what a memory remembers
-    Eval(eval::Args),
 }
 
 impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
-            Command::Convert(args) => convert::run(args),
-            Command::Quantize(args) => quantize::run(args),
-            Command::Eval(args) => eval::run(args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Logits(args) => logits::run(&args),
