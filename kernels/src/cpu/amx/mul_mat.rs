@@ -452,7 +452,7 @@ unsafe fn finish_256<const Q4_K: bool>(
     let w = &work.unpacked;
     // SAFETY: the group has this block and `width` tokens.
     unsafe {
-        let d = _mm512_loadu_ps(w.d.as_ptr());
+        let d = _mm512_loadu_ps(w.d[0].as_ptr());
         let dmin = _mm512_loadu_ps(w.dmin.as_ptr());
         let mins = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
         for (t, acc) in acc.iter_mut().enumerate().take(x.width) {

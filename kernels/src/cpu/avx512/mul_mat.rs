@@ -587,7 +587,7 @@ pub(in crate::cpu) unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
             let pair = byte_pairs(mins[i / 2])[i % 2];
             _mm512_storeu_si512(to.mins[i].as_mut_ptr().cast(), pair);
         }
-        _mm512_storeu_ps(to.d.as_mut_ptr(), halves(block.add(Q4_K_D), 0));
+        _mm512_storeu_ps(to.d[0].as_mut_ptr(), halves(block.add(Q4_K_D), 0));
         _mm512_storeu_ps(to.dmin.as_mut_ptr(), halves(block.add(Q4_K_D), 1));
     }
 }
@@ -620,7 +620,7 @@ pub(in crate::cpu) unsafe fn unpack_q6_k(
             let scale = q6_k_scale(load(block.add(Q6_K_SCALES), s / 4), s % 4);
             _mm512_storeu_si512(to.scales[s].as_mut_ptr().cast(), scale);
         }
-        _mm512_storeu_ps(to.d.as_mut_ptr(), halves(scales, b));
+        _mm512_storeu_ps(to.d[0].as_mut_ptr(), halves(scales, b));
     }
 }
 
@@ -658,7 +658,7 @@ unsafe fn dot256<const T: usize, const Q4_K: bool>(
                 total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(sum, scale));
             }
         }
-        let d = _mm512_loadu_ps(w.d.as_ptr());
+        let d = _mm512_loadu_ps(w.d[0].as_ptr());
         let dmin = _mm512_loadu_ps(w.dmin.as_ptr());
         for t in 0..T {
             let at = b * x.width + t;
