@@ -14,6 +14,7 @@ mod perplexity;
 mod plots;
 mod progress;
 mod report;
+mod segments;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -39,6 +40,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// Segments
+    Segments(segments::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
 }
@@ -48,6 +51,7 @@ impl Command {
         match self {
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Segments(args) => segments::run(&args),
             Command::Logits(args) => logits::run(&args),
         }
     }
