@@ -9,6 +9,7 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+mod lanes;
 pub(crate) mod mul_mat;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
@@ -43,22 +44,54 @@ pub(crate) fn check(isa: Isa) {
 
 pub(crate) fn rms_norm(isa: Isa) -> RmsNorm {
     check(isa);
-    scalar::rms_norm::rms_norm
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::rms_norm::rms_norm,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => avx512::rms_norm::rms_norm,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::rms_norm::rms_norm,
+        _ => scalar::rms_norm::rms_norm,
+    }
 }
 
 pub(crate) fn swiglu(isa: Isa) -> Swiglu {
     check(isa);
-    scalar::swiglu::swiglu
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::swiglu::swiglu,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => avx512::swiglu::swiglu,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::swiglu::swiglu,
+        _ => scalar::swiglu::swiglu,
+    }
 }
 
 pub(crate) fn add(isa: Isa) -> Add {
     check(isa);
-    scalar::add::add
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::add::add,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => avx512::add::add,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::add::add,
+        _ => scalar::add::add,
+    }
 }
 
 pub(crate) fn rope(isa: Isa) -> Rope {
     check(isa);
-    scalar::rope::rope
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::rope::rope,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => avx512::rope::rope,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::rope::rope,
+        _ => scalar::rope::rope,
+    }
 }
 
 /// `None` for plain Rust, which works on the file's own rows.
