@@ -1,0 +1,386 @@
+//! The chunked form: 64 tokens at a time, as matrix products (arXiv 2406.06484, 2412.06464).
+//!
+//! With `G_i` the sum of log decays up to token `i` of the chunk and `D_ij = exp(G_i - G_j)`, the
+//! recurrence inside a chunk that starts from the state `S` is
+//!
+//!     (I + L) E = beta (V - exp(G) K S)        L_ij = beta_i D_ij k_i·k_j   for j < i
+//!     out       = exp(G) Q S + M E             M_ij =        D_ij q_i·k_j   for j <= i
+//!     S'        = D_nj-weighted K^T E + exp(G_n) S
+//!
+//! Ssd has `E = beta V`. Only differences `G_i - G_j <= 0` are ever raised, so no decay, however
+//! strong, overflows. A reset between `j` and `i` makes `D_ij` zero, and so it does for `S`.
+//!
+//! These functions are compiled into each instruction set's own caller, which lends its vectors
+//! and its matrix product.
+
+use super::{CHUNK, Inputs, Rule, inverse_norms};
+
+/// Rows and columns of the blocks in which triangular matrices are inverted.
+const BLOCK: usize = 16;
+
+/// A matrix product on F32 buffers: `c = a b`, or `c += a b`. `m`, `n` and `k` are multiples of
+/// 16, `k` of 32 where the operands allow; `a` is `[m, lda]`, `b` `[k, ldb]`, `c` `[m, ldc]`.
+pub(crate) struct Product {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) lda: usize,
+    pub(crate) ldb: usize,
+    pub(crate) ldc: usize,
+    pub(crate) add: bool,
+}
+
+/// Buffers of one head, reused over chunks.
+struct Work {
+    dim_k: usize,
+    dim_v: usize,
+    /// `[S | K^T]`, `[dim_k, dim_v + CHUNK]`.
+    sk: Vec<f32>,
+    /// Keys, then queries, normalised, `[2 CHUNK, dim_k]`.
+    kq: Vec<f32>,
+    /// `[K; Q] [S | K^T]`, `[2 CHUNK, dim_v + CHUNK]`.
+    x: Vec<f32>,
+    /// Right side of the triangular system, `[CHUNK, dim_v]`.
+    r: Vec<f32>,
+    /// What is written for each key, `[CHUNK, dim_v]`.
+    e: Vec<f32>,
+    /// `L`, then its inverse with the unit diagonal, then `M`; `[CHUNK, CHUNK]` each.
+    l: Vec<f32>,
+    t: Vec<f32>,
+    m: Vec<f32>,
+    /// `K^T` weighted by the decay to the end of the chunk, `[dim_k, CHUNK]`.
+    kt: Vec<f32>,
+    out: Vec<f32>,
+    scale_k: Vec<f32>,
+    scale_q: Vec<f32>,
+    /// Sums of log decays.
+    g: [f32; CHUNK],
+    /// Resets before or at the token, counted from the chunk's start.
+    segment: [u32; CHUNK],
+    beta: [f32; CHUNK],
+}
+
+/// One head from first to last token. `state` is `[head_dim_k, head_dim_v]`, row `t` of `out`
+/// starts at `t * n_head * head_dim_v`.
+///
+/// # Safety
+/// `out` must hold the head's rows, and nothing else may use them meanwhile.
+#[inline(always)]
+pub(crate) unsafe fn chunked(
+    x: &Inputs<'_>,
+    head: usize,
+    state: &mut [f32],
+    out: *mut f32,
+    mut product: impl FnMut(&Product, *const f32, *const f32, *mut f32),
+) {
+    let (dim_k, dim_v) = (
+        x.head_dim_k.next_multiple_of(32),
+        x.head_dim_v.next_multiple_of(16),
+    );
+    let width = dim_v + CHUNK;
+    let mut w = Work {
+        dim_k,
+        dim_v,
+        sk: vec![0.0; dim_k * width],
+        kq: vec![0.0; 2 * CHUNK * dim_k],
+        x: vec![0.0; 2 * CHUNK * width],
+        r: vec![0.0; CHUNK * dim_v],
+        e: vec![0.0; CHUNK * dim_v],
+        l: vec![0.0; CHUNK * CHUNK],
+        t: vec![0.0; CHUNK * CHUNK],
+        m: vec![0.0; CHUNK * CHUNK],
+        kt: vec![0.0; dim_k * CHUNK],
+        out: vec![0.0; CHUNK * dim_v],
+        scale_k: vec![0.0; x.n_tokens],
+        scale_q: vec![0.0; x.n_tokens],
+        g: [0.0; CHUNK],
+        segment: [0; CHUNK],
+        beta: [0.0; CHUNK],
+    };
+    inverse_norms(x, head, &mut w.scale_k, &mut w.scale_q);
+    for (row, s) in w.sk.chunks_exact_mut(width).zip(state.chunks_exact(x.head_dim_v)) {
+        row[..x.head_dim_v].copy_from_slice(s);
+    }
+    for start in (0..x.n_tokens).step_by(CHUNK) {
+        let n = CHUNK.min(x.n_tokens - start);
+        gather(&mut w, x, head, start, n);
+        step(&mut w, x.rule, n, &mut product);
+        for i in 0..n {
+            let from = &w.out[i * dim_v..][..x.head_dim_v];
+            // SAFETY: row `start + i` of this head, by the caller's promise.
+            let to = unsafe {
+                let first = (start + i) * x.n_head * x.head_dim_v;
+                std::slice::from_raw_parts_mut(out.add(first), x.head_dim_v)
+            };
+            to.copy_from_slice(from);
+        }
+    }
+    for (row, s) in w.sk.chunks_exact(width).zip(state.chunks_exact_mut(x.head_dim_v)) {
+        s.copy_from_slice(&row[..x.head_dim_v]);
+    }
+}
+
+/// Takes in the tokens `start..start + n`; the rest of the chunk becomes tokens that write
+/// nothing.
+#[inline(always)]
+fn gather(w: &mut Work, x: &Inputs<'_>, head: usize, start: usize, n: usize) {
+    let head_k = head / (x.n_head / x.n_head_k);
+    let (dk, dv) = (x.head_dim_k, x.head_dim_v);
+    let mut sum = 0.0;
+    let mut segment = 0;
+    let mut resets = x.resets.partition_point(|&r| r < start);
+    for i in 0..CHUNK {
+        let (k, q) = w.kq.split_at_mut(CHUNK * w.dim_k);
+        let k = &mut k[i * w.dim_k..][..w.dim_k];
+        let q = &mut q[i * w.dim_k..][..w.dim_k];
+        // Values wait in `r` for their turn.
+        let v = &mut w.r[i * w.dim_v..][..w.dim_v];
+        if i >= n {
+            k.fill(0.0);
+            q.fill(0.0);
+            v.fill(0.0);
+            w.beta[i] = 0.0;
+        } else {
+            let t = start + i;
+            let scale = w.scale_k[t];
+            for (to, from) in k.iter_mut().zip(&x.k[(t * x.n_head_k + head_k) * dk..][..dk]) {
+                *to = from * scale;
+            }
+            let scale = w.scale_q[t];
+            for (to, from) in q.iter_mut().zip(&x.q[(t * x.n_head + head) * dk..][..dk]) {
+                *to = from * scale;
+            }
+            v[..dv].copy_from_slice(&x.v[(t * x.n_head_k + head_k) * dv..][..dv]);
+            w.beta[i] = x.beta[t * x.n_head + head];
+            if x.rule != Rule::Delta {
+                sum += x.g[t * x.n_head + head];
+            }
+            if resets < x.resets.len() && x.resets[resets] == t {
+                resets += 1;
+                segment += 1;
+                // A new sum keeps differences exact whatever was before.
+                sum = 0.0;
+            }
+        }
+        w.g[i] = sum;
+        w.segment[i] = segment;
+    }
+    let width = w.dim_v + CHUNK;
+    for (block, rows) in w.kq[..CHUNK * w.dim_k].chunks_exact(BLOCK * w.dim_k).enumerate() {
+        for i in 0..w.dim_k {
+            let to = &mut w.sk[i * width + w.dim_v + block * BLOCK..][..BLOCK];
+            for (j, to) in to.iter_mut().enumerate() {
+                *to = rows[j * w.dim_k + i];
+            }
+        }
+    }
+}
+
+/// One chunk, of which `n` tokens count.
+#[inline(always)]
+fn step(
+    w: &mut Work,
+    rule: Rule,
+    n: usize,
+    product: &mut impl FnMut(&Product, *const f32, *const f32, *mut f32),
+) {
+    let (dim_k, dim_v) = (w.dim_k, w.dim_v);
+    let width = dim_v + CHUNK;
+    // Ssd never asks what the state holds for a key.
+    let skip = if rule == Rule::Ssd { CHUNK } else { 0 };
+    let shape = Product {
+        m: 2 * CHUNK - skip,
+        n: width,
+        k: dim_k,
+        lda: dim_k,
+        ldb: width,
+        ldc: width,
+        add: false,
+    };
+    product(
+        &shape,
+        w.kq[skip * dim_k..].as_ptr(),
+        w.sk.as_ptr(),
+        w.x[skip * width..].as_mut_ptr(),
+    );
+    let mut from_state = [0f32; CHUNK];
+    for i in 0..CHUNK {
+        from_state[i] = if w.segment[i] == 0 { exp(w.g[i]) } else { 0.0 };
+    }
+    for i in 0..CHUNK {
+        // One vector loop over a whole row costs less than stopping at the diagonal.
+        let mut decay = [0f32; CHUNK];
+        for j in 0..CHUNK {
+            let past = j <= i && w.segment[j] == w.segment[i];
+            decay[j] = if past { exp(w.g[i] - w.g[j]) } else { 0.0 };
+        }
+        let qk = &w.x[(CHUNK + i) * width + dim_v..][..CHUNK];
+        let m = &mut w.m[i * CHUNK..][..CHUNK];
+        for j in 0..CHUNK {
+            m[j] = decay[j] * qk[j];
+        }
+        let beta = w.beta[i];
+        let r = &mut w.r[i * dim_v..][..dim_v];
+        if rule == Rule::Ssd {
+            for r in r {
+                *r *= beta;
+            }
+            continue;
+        }
+        let kk = &w.x[i * width + dim_v..][..CHUNK];
+        let l = &mut w.l[i * CHUNK..][..CHUNK];
+        for j in 0..CHUNK {
+            l[j] = if j < i { beta * decay[j] * kk[j] } else { 0.0 };
+        }
+        let ks = &w.x[i * width..][..dim_v];
+        for (r, ks) in r.iter_mut().zip(ks) {
+            *r = beta * (*r - from_state[i] * ks);
+        }
+    }
+    if rule == Rule::Ssd {
+        std::mem::swap(&mut w.r, &mut w.e);
+    } else {
+        invert(&w.l, &mut w.t);
+        let shape = Product {
+            m: CHUNK,
+            n: dim_v,
+            k: CHUNK,
+            lda: CHUNK,
+            ldb: dim_v,
+            ldc: dim_v,
+            add: false,
+        };
+        product(&shape, w.t.as_ptr(), w.r.as_ptr(), w.e.as_mut_ptr());
+    }
+    for i in 0..CHUNK {
+        let qs = &w.x[(CHUNK + i) * width..][..dim_v];
+        for (out, qs) in w.out[i * dim_v..][..dim_v].iter_mut().zip(qs) {
+            *out = from_state[i] * qs;
+        }
+    }
+    let shape = Product {
+        m: CHUNK,
+        n: dim_v,
+        k: CHUNK,
+        lda: CHUNK,
+        ldb: dim_v,
+        ldc: dim_v,
+        add: true,
+    };
+    product(&shape, w.m.as_ptr(), w.e.as_ptr(), w.out.as_mut_ptr());
+    let last = n - 1;
+    let mut to_end = [0f32; CHUNK];
+    for j in 0..n {
+        if w.segment[j] == w.segment[last] {
+            to_end[j] = exp(w.g[last] - w.g[j]);
+        }
+    }
+    for i in 0..dim_k {
+        let row = &mut w.sk[i * width..][..width];
+        let (s, k) = row.split_at_mut(dim_v);
+        for s in s {
+            *s *= from_state[last];
+        }
+        let kt = &mut w.kt[i * CHUNK..][..CHUNK];
+        for j in 0..CHUNK {
+            kt[j] = k[j] * to_end[j];
+        }
+    }
+    let shape = Product {
+        m: dim_k,
+        n: dim_v,
+        k: CHUNK,
+        lda: CHUNK,
+        ldb: dim_v,
+        ldc: width,
+        add: true,
+    };
+    product(&shape, w.kt.as_ptr(), w.e.as_ptr(), w.sk.as_mut_ptr());
+}
+
+/// `t = (I + l)^-1` for strictly lower triangular `l`: row by row in blocks of 16 columns,
+/// `t_i = e_i - sum_(j < i) l_ij t_j`.
+#[inline(always)]
+fn invert(l: &[f32], t: &mut [f32]) {
+    for i in 0..CHUNK {
+        let (done, rest) = t.split_at_mut(i * CHUNK);
+        let row = &mut rest[..CHUNK];
+        let mut sums = [[0f32; BLOCK]; CHUNK / BLOCK];
+        // `t_j` ends at its own diagonal: blocks to the right of it are zero.
+        for j in 0..i {
+            let factor = l[i * CHUNK + j];
+            let from = &done[j * CHUNK..][..CHUNK];
+            for (block, sums) in sums[..j / BLOCK + 1].iter_mut().enumerate() {
+                let from = &from[block * BLOCK..][..BLOCK];
+                for c in 0..BLOCK {
+                    sums[c] -= factor * from[c];
+                }
+            }
+        }
+        row.copy_from_slice(sums.as_flattened());
+        row[i] = 1.0;
+    }
+}
+
+/// e^x for x <= 0, to 3e-7 relative plus the rounding of `x log2(e)`; exactly 1 at 0, and 0 below
+/// -87. Plain arithmetic, so that loops over it become vector code.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+    const MAGIC: f32 = 12_582_912.0;
+    let y = x.max(-87.5) * std::f32::consts::LOG2_E;
+    let shifted = y + MAGIC;
+    let whole = shifted - MAGIC;
+    // ln 2 in two parts: `x - whole ln 2` without the rounding of `y`.
+    let f = (x.max(-87.5) - whole * 0.693_359_4) + whole * 2.121_944_4e-4;
+    let p = 1.0 / 720.0;
+    let p = p * f + 1.0 / 120.0;
+    let p = p * f + 1.0 / 24.0;
+    let p = p * f + 1.0 / 6.0;
+    let p = p * f + 0.5;
+    let p = p * f + 1.0;
+    let p = p * f + 1.0;
+    let power = (shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127)) << 23;
+    let e = p * f32::from_bits(power);
+    if x < -87.0 { 0.0 } else { e }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_everywhere_and_exact_at_zero() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-1e9), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        for i in 0..100_000 {
+            let x = -87.0 * i as f32 / 100_000.0;
+            let expected = f64::from(x).exp();
+            let error = (f64::from(exp(x)) / expected - 1.0).abs();
+            assert!(error < 5e-7, "exp({x}) is off by {error}");
+        }
+    }
+
+    #[test]
+    fn inverse_times_matrix_is_one() {
+        let mut l = vec![0f32; CHUNK * CHUNK];
+        for i in 0..CHUNK {
+            for j in 0..i {
+                l[i * CHUNK + j] = ((i * 31 + j * 17) % 13) as f32 / 60.0 - 0.1;
+            }
+        }
+        let mut t = vec![f32::NAN; CHUNK * CHUNK];
+        invert(&l, &mut t);
+        for i in 0..CHUNK {
+            for j in 0..CHUNK {
+                let mut sum = t[i * CHUNK + j];
+                for k in 0..i {
+                    sum += l[i * CHUNK + k] * t[k * CHUNK + j];
+                }
+                let expected = f32::from(u8::from(i == j));
+                assert!((sum - expected).abs() < 1e-5, "({i}, {j}): {sum}");
+            }
+        }
+    }
+}
