@@ -4,11 +4,17 @@
 //! be called on this machine.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+pub(crate) mod mul_mat;
 pub(crate) mod scalar;
 
 use crate::attend::tile::PageKernels;
+use crate::cpu::mul_mat::{Panel, Scratch};
 use crate::dispatch::{Isa, available};
+use crate::mul_mat::activations::QuantizeRow;
+use crate::recur::HeadKernels;
 use crate::rope::RopeKind;
 
 /// `x` row, weights, eps, out row.
@@ -19,6 +25,9 @@ pub(crate) type Swiglu = unsafe fn(&[f32], &[f32], &mut [f32]);
 pub(crate) type Add = unsafe fn(&mut [f32], &[f32]);
 /// The rotated part of a head, cosines, sines.
 pub(crate) type Rope = unsafe fn(RopeKind, &mut [f32], &[f32], &[f32]);
+
+/// A panel times its tokens.
+pub(crate) type MulMat = unsafe fn(&Panel<'_>, &mut Scratch);
 
 /// Stops a caller that names an instruction set this machine lacks.
 pub(crate) fn check(isa: Isa) {
@@ -49,6 +58,18 @@ pub(crate) fn rope(isa: Isa) -> Rope {
     scalar::rope::rope
 }
 
+/// `None` for plain Rust, which works on the file's own rows.
+pub(crate) fn mul_mat(isa: Isa) -> Option<(MulMat, QuantizeRow)> {
+    check(isa);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => Some((avx512::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => Some((amx::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        _ => None,
+    }
+}
+
 /// None: the scalar set, which goes cell by cell.
 pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
     check(isa);
@@ -56,5 +77,29 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
         _ => None,
+    }
+}
+
+/// Scalar has the recurrent form only.
+pub(crate) fn recur(isa: Isa) -> HeadKernels {
+    check(isa);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => HeadKernels {
+            recurrent: avx512::recur::recurrent,
+            chunked: amx::recur::chunked,
+            chunked_from: 32,
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => HeadKernels {
+            recurrent: avx512::recur::recurrent,
+            chunked: avx512::recur::chunked,
+            chunked_from: usize::MAX,
+        },
+        _ => HeadKernels {
+            recurrent: scalar::recur::recur,
+            chunked: scalar::recur::recur,
+            chunked_from: usize::MAX,
+        },
     }
 }

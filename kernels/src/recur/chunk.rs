@@ -18,6 +18,9 @@ use super::{CHUNK, Inputs, Rule, inverse_norms};
 /// Rows and columns of the blocks in which triangular matrices are inverted.
 const BLOCK: usize = 16;
 
+/// Log decay below which nothing is left; [`exp`] is zero there.
+const LEAST: f32 = -87.0;
+
 /// A matrix product on F32 buffers: `c = a b`, or `c += a b`. `m`, `n` and `k` are multiples of
 /// 16, `k` of 32 where the operands allow; `a` is `[m, lda]`, `b` `[k, ldb]`, `c` `[m, ldc]`.
 pub(crate) struct Product {
@@ -55,7 +58,7 @@ struct Work {
     scale_q: Vec<f32>,
     /// Sums of log decays.
     g: [f32; CHUNK],
-    /// Resets before or at the token, counted from the chunk's start.
+    /// Resets before or at the token, counted from the chunk's start; a decay to nothing is one.
     segment: [u32; CHUNK],
     beta: [f32; CHUNK],
 }
@@ -98,7 +101,10 @@ pub(crate) unsafe fn chunked(
         beta: [0.0; CHUNK],
     };
     inverse_norms(x, head, &mut w.scale_k, &mut w.scale_q);
-    for (row, s) in w.sk.chunks_exact_mut(width).zip(state.chunks_exact(x.head_dim_v)) {
+    for (row, s) in
+        w.sk.chunks_exact_mut(width)
+            .zip(state.chunks_exact(x.head_dim_v))
+    {
         row[..x.head_dim_v].copy_from_slice(s);
     }
     for start in (0..x.n_tokens).step_by(CHUNK) {
@@ -115,7 +121,10 @@ pub(crate) unsafe fn chunked(
             to.copy_from_slice(from);
         }
     }
-    for (row, s) in w.sk.chunks_exact(width).zip(state.chunks_exact_mut(x.head_dim_v)) {
+    for (row, s) in
+        w.sk.chunks_exact(width)
+            .zip(state.chunks_exact_mut(x.head_dim_v))
+    {
         s.copy_from_slice(&row[..x.head_dim_v]);
     }
 }
@@ -143,7 +152,10 @@ fn gather(w: &mut Work, x: &Inputs<'_>, head: usize, start: usize, n: usize) {
         } else {
             let t = start + i;
             let scale = w.scale_k[t];
-            for (to, from) in k.iter_mut().zip(&x.k[(t * x.n_head_k + head_k) * dk..][..dk]) {
+            for (to, from) in k
+                .iter_mut()
+                .zip(&x.k[(t * x.n_head_k + head_k) * dk..][..dk])
+            {
                 *to = from * scale;
             }
             let scale = w.scale_q[t];
@@ -152,21 +164,30 @@ fn gather(w: &mut Work, x: &Inputs<'_>, head: usize, start: usize, n: usize) {
             }
             v[..dv].copy_from_slice(&x.v[(t * x.n_head_k + head_k) * dv..][..dv]);
             w.beta[i] = x.beta[t * x.n_head + head];
-            if x.rule != Rule::Delta {
-                sum += x.g[t * x.n_head + head];
-            }
-            if resets < x.resets.len() && x.resets[resets] == t {
-                resets += 1;
+            let g = if x.rule == Rule::Delta {
+                0.0
+            } else {
+                x.g[t * x.n_head + head]
+            };
+            let reset = x.resets.get(resets) == Some(&t);
+            resets += usize::from(reset);
+            // A decay to nothing is a reset too. Summing on from such a step would round away
+            // all smaller ones after it.
+            if reset || g < LEAST {
                 segment += 1;
-                // A new sum keeps differences exact whatever was before.
                 sum = 0.0;
+            } else {
+                sum += g;
             }
         }
         w.g[i] = sum;
         w.segment[i] = segment;
     }
     let width = w.dim_v + CHUNK;
-    for (block, rows) in w.kq[..CHUNK * w.dim_k].chunks_exact(BLOCK * w.dim_k).enumerate() {
+    for (block, rows) in w.kq[..CHUNK * w.dim_k]
+        .chunks_exact(BLOCK * w.dim_k)
+        .enumerate()
+    {
         for i in 0..w.dim_k {
             let to = &mut w.sk[i * width + w.dim_v + block * BLOCK..][..BLOCK];
             for (j, to) in to.iter_mut().enumerate() {
@@ -340,9 +361,13 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * f + 0.5;
     let p = p * f + 1.0;
     let p = p * f + 1.0;
-    let power = (shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127)) << 23;
+    let power = (shifted
+        .to_bits()
+        .wrapping_sub(MAGIC.to_bits())
+        .wrapping_add(127))
+        << 23;
     let e = p * f32::from_bits(power);
-    if x < -87.0 { 0.0 } else { e }
+    if x < LEAST { 0.0 } else { e }
 }
 
 #[cfg(test)]
