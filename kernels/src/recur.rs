@@ -156,32 +156,39 @@ pub(crate) struct HeadKernels {
     pub(crate) chunked_from: usize,
 }
 
-/// `1 / |k|` and `1 / |q|` of a head's tokens, the latter with its further scale; see [`recur`].
+/// `1 / |z|` as the rule defines it. In 16 sums, so that it becomes vector code in each
+/// instruction set's caller.
 #[inline(always)]
-pub(crate) fn inverse_norms(x: &Inputs<'_>, head: usize, scale_k: &mut [f32], scale_q: &mut [f32]) {
-    let head_k = head / (x.n_head / x.n_head_k);
-    let dim = x.head_dim_k;
-    let inverse = |z: &[f32]| {
-        let mut sums = [0f32; 16];
-        let (whole, rest) = z.as_chunks::<16>();
-        for z in whole {
-            for (sum, z) in sums.iter_mut().zip(z) {
-                *sum += z * z;
-            }
+pub(crate) fn inverse_norm(rule: Rule, z: &[f32]) -> f32 {
+    let mut sums = [0f32; 16];
+    let (whole, rest) = z.as_chunks::<16>();
+    for z in whole {
+        for i in 0..16 {
+            sums[i] += z[i] * z[i];
         }
-        let squares = sums.iter().sum::<f32>() + rest.iter().map(|z| z * z).sum::<f32>();
-        match x.rule {
-            Rule::Ssd => 1.0 / squares.sqrt().max(1e-12),
-            Rule::GatedDelta | Rule::Delta => 1.0 / (squares + 1e-6).sqrt(),
+    }
+    let mut squares = 0.0;
+    for z in rest {
+        squares += z * z;
+    }
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            sums[i] += sums[i + half];
         }
-    };
-    let further = match x.rule {
-        Rule::Ssd => 1.0,
-        Rule::GatedDelta | Rule::Delta => 1.0 / (dim as f32).sqrt(),
-    };
-    for t in 0..x.n_tokens {
-        scale_k[t] = inverse(&x.k[(t * x.n_head_k + head_k) * dim..][..dim]);
-        scale_q[t] = inverse(&x.q[(t * x.n_head + head) * dim..][..dim]) * further;
+    }
+    squares += sums[0];
+    match rule {
+        Rule::Ssd => 1.0 / squares.sqrt().max(1e-12),
+        Rule::GatedDelta | Rule::Delta => 1.0 / (squares + 1e-6).sqrt(),
+    }
+}
+
+/// What a key and a query are multiplied by besides [`inverse_norm`].
+#[inline(always)]
+pub(crate) fn further_scales(x: &Inputs<'_>) -> (f32, f32) {
+    match x.rule {
+        Rule::Ssd => (1.0, 1.0),
+        Rule::GatedDelta | Rule::Delta => (1.0, 1.0 / (x.head_dim_k as f32).sqrt()),
     }
 }
 

@@ -13,7 +13,9 @@
 //! These functions are compiled into each instruction set's own caller, which lends its vectors
 //! and its matrix product.
 
-use super::{CHUNK, Inputs, Rule, inverse_norms};
+use super::{CHUNK, Inputs, Rule, further_scales, inverse_norm};
+use crate::mul_mat::buffer::Buffer;
+use std::cell::RefCell;
 
 /// Rows and columns of the blocks in which triangular matrices are inverted.
 const BLOCK: usize = 16;
@@ -33,34 +35,85 @@ pub(crate) struct Product {
     pub(crate) add: bool,
 }
 
-/// Buffers of one head, reused over chunks.
+/// F32 numbers on cache-line bounds.
+struct Numbers(Buffer);
+
+impl Numbers {
+    /// `len` numbers that hold anything; those beyond any length used before are zero.
+    fn room(&mut self, len: usize) -> &mut [f32] {
+        self.0.reserve(len * 4);
+        // SAFETY: the buffer is aligned, initialised and has that many bytes.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), len) }
+    }
+}
+
+/// Memory of a thread, reused over heads and calls.
 struct Work {
+    sk: Numbers,
+    kq: Numbers,
+    x: Numbers,
+    r: Numbers,
+    e: Numbers,
+    l: Numbers,
+    t: Numbers,
+    m: Numbers,
+    kt: Numbers,
+    out: Numbers,
+    operands: Buffer,
+}
+
+/// One head's chunk.
+struct Chunk<'w> {
     dim_k: usize,
     dim_v: usize,
     /// `[S | K^T]`, `[dim_k, dim_v + CHUNK]`.
-    sk: Vec<f32>,
+    sk: &'w mut [f32],
     /// Keys, then queries, normalised, `[2 CHUNK, dim_k]`.
-    kq: Vec<f32>,
+    kq: &'w mut [f32],
     /// `[K; Q] [S | K^T]`, `[2 CHUNK, dim_v + CHUNK]`.
-    x: Vec<f32>,
-    /// Right side of the triangular system, `[CHUNK, dim_v]`.
-    r: Vec<f32>,
+    x: &'w mut [f32],
+    /// Values, then the right side of the triangular system, `[CHUNK, dim_v]`.
+    r: &'w mut [f32],
     /// What is written for each key, `[CHUNK, dim_v]`.
-    e: Vec<f32>,
-    /// `L`, then its inverse with the unit diagonal, then `M`; `[CHUNK, CHUNK]` each.
-    l: Vec<f32>,
-    t: Vec<f32>,
-    m: Vec<f32>,
+    e: &'w mut [f32],
+    /// `L`, its inverse with the unit diagonal, and `M`; `[CHUNK, CHUNK]` each.
+    l: &'w mut [f32],
+    t: &'w mut [f32],
+    m: &'w mut [f32],
     /// `K^T` weighted by the decay to the end of the chunk, `[dim_k, CHUNK]`.
-    kt: Vec<f32>,
-    out: Vec<f32>,
-    scale_k: Vec<f32>,
-    scale_q: Vec<f32>,
+    kt: &'w mut [f32],
+    /// `[CHUNK, dim_v]`.
+    out: &'w mut [f32],
+    /// Room in which a product may rearrange its operands.
+    operands: &'w mut Buffer,
     /// Sums of log decays.
     g: [f32; CHUNK],
     /// Resets before or at the token, counted from the chunk's start; a decay to nothing is one.
     segment: [u32; CHUNK],
     beta: [f32; CHUNK],
+}
+
+thread_local! {
+    static WORK: RefCell<Option<Box<Work>>> = const { RefCell::new(None) };
+}
+
+impl Work {
+    fn new() -> Work {
+        let empty = || Numbers(Buffer::zeroed(0));
+        Work {
+            sk: empty(),
+            kq: empty(),
+            x: empty(),
+            r: empty(),
+            e: empty(),
+            l: empty(),
+            t: empty(),
+            m: empty(),
+            kt: empty(),
+            out: empty(),
+            operands: Buffer::zeroed(0),
+        }
+    }
 }
 
 /// One head from first to last token. `state` is `[head_dim_k, head_dim_v]`, row `t` of `out`
@@ -74,37 +127,40 @@ pub(crate) unsafe fn chunked(
     head: usize,
     state: &mut [f32],
     out: *mut f32,
-    mut product: impl FnMut(&Product, *const f32, *const f32, *mut f32),
+    mut product: impl FnMut(&Product, *const f32, *const f32, *mut f32, &mut Buffer),
 ) {
+    // Taken out, not borrowed: code in a closure would not be compiled for this caller's vectors.
+    let mut work = WORK.take().unwrap_or_else(|| Box::new(Work::new()));
     let (dim_k, dim_v) = (
         x.head_dim_k.next_multiple_of(32),
         x.head_dim_v.next_multiple_of(16),
     );
     let width = dim_v + CHUNK;
-    let mut w = Work {
+    let mut w = Chunk {
         dim_k,
         dim_v,
-        sk: vec![0.0; dim_k * width],
-        kq: vec![0.0; 2 * CHUNK * dim_k],
-        x: vec![0.0; 2 * CHUNK * width],
-        r: vec![0.0; CHUNK * dim_v],
-        e: vec![0.0; CHUNK * dim_v],
-        l: vec![0.0; CHUNK * CHUNK],
-        t: vec![0.0; CHUNK * CHUNK],
-        m: vec![0.0; CHUNK * CHUNK],
-        kt: vec![0.0; dim_k * CHUNK],
-        out: vec![0.0; CHUNK * dim_v],
-        scale_k: vec![0.0; x.n_tokens],
-        scale_q: vec![0.0; x.n_tokens],
+        sk: work.sk.room(dim_k * width),
+        kq: work.kq.room(2 * CHUNK * dim_k),
+        x: work.x.room(2 * CHUNK * width),
+        r: work.r.room(CHUNK * dim_v),
+        e: work.e.room(CHUNK * dim_v),
+        l: work.l.room(CHUNK * CHUNK),
+        t: work.t.room(CHUNK * CHUNK),
+        m: work.m.room(CHUNK * CHUNK),
+        kt: work.kt.room(dim_k * CHUNK),
+        out: work.out.room(CHUNK * dim_v),
+        operands: &mut work.operands,
         g: [0.0; CHUNK],
         segment: [0; CHUNK],
         beta: [0.0; CHUNK],
     };
-    inverse_norms(x, head, &mut w.scale_k, &mut w.scale_q);
-    for (row, s) in
-        w.sk.chunks_exact_mut(width)
-            .zip(state.chunks_exact(x.head_dim_v))
-    {
+    // What pads dimensions to whole vectors must be zero.
+    if dim_k > x.head_dim_k || dim_v > x.head_dim_v {
+        w.sk.fill(0.0);
+        w.kq.fill(0.0);
+    }
+    let rows = w.sk.chunks_exact_mut(width);
+    for (row, s) in rows.zip(state.chunks_exact(x.head_dim_v)) {
         row[..x.head_dim_v].copy_from_slice(s);
     }
     for start in (0..x.n_tokens).step_by(CHUNK) {
@@ -121,89 +177,121 @@ pub(crate) unsafe fn chunked(
             to.copy_from_slice(from);
         }
     }
-    for (row, s) in
-        w.sk.chunks_exact(width)
-            .zip(state.chunks_exact_mut(x.head_dim_v))
-    {
+    let rows = w.sk.chunks_exact(width);
+    for (row, s) in rows.zip(state.chunks_exact_mut(x.head_dim_v)) {
         s.copy_from_slice(&row[..x.head_dim_v]);
     }
+    WORK.set(Some(work));
 }
 
 /// Takes in the tokens `start..start + n`; the rest of the chunk becomes tokens that write
 /// nothing.
 #[inline(always)]
-fn gather(w: &mut Work, x: &Inputs<'_>, head: usize, start: usize, n: usize) {
+fn gather(w: &mut Chunk<'_>, x: &Inputs<'_>, head: usize, start: usize, n: usize) {
     let head_k = head / (x.n_head / x.n_head_k);
     let (dk, dv) = (x.head_dim_k, x.head_dim_v);
+    let (further_k, further_q) = further_scales(x);
     let mut sum = 0.0;
     let mut segment = 0;
     let mut resets = x.resets.partition_point(|&r| r < start);
-    for i in 0..CHUNK {
-        let (k, q) = w.kq.split_at_mut(CHUNK * w.dim_k);
-        let k = &mut k[i * w.dim_k..][..w.dim_k];
-        let q = &mut q[i * w.dim_k..][..w.dim_k];
-        // Values wait in `r` for their turn.
-        let v = &mut w.r[i * w.dim_v..][..w.dim_v];
-        if i >= n {
-            k.fill(0.0);
-            q.fill(0.0);
-            v.fill(0.0);
-            w.beta[i] = 0.0;
+    let (keys, queries) = w.kq.split_at_mut(CHUNK * w.dim_k);
+    for i in 0..n {
+        let t = start + i;
+        let k = &x.k[(t * x.n_head_k + head_k) * dk..][..dk];
+        let q = &x.q[(t * x.n_head + head) * dk..][..dk];
+        let v = &x.v[(t * x.n_head_k + head_k) * dv..][..dv];
+        // Rows of a head lie far apart: ask for the next chunk's.
+        prefetch(k, CHUNK * x.n_head_k * dk);
+        prefetch(q, CHUNK * x.n_head * dk);
+        prefetch(v, CHUNK * x.n_head_k * dv);
+        let scale = inverse_norm(x.rule, k) * further_k;
+        for (to, from) in keys[i * w.dim_k..][..dk].iter_mut().zip(k) {
+            *to = from * scale;
+        }
+        let scale = inverse_norm(x.rule, q) * further_q;
+        for (to, from) in queries[i * w.dim_k..][..dk].iter_mut().zip(q) {
+            *to = from * scale;
+        }
+        let values = &mut w.r[i * w.dim_v..][..w.dim_v];
+        values[..dv].copy_from_slice(v);
+        values[dv..].fill(0.0);
+        w.beta[i] = x.beta[t * x.n_head + head];
+        let g = if x.rule == Rule::Delta {
+            0.0
         } else {
-            let t = start + i;
-            let scale = w.scale_k[t];
-            for (to, from) in k
-                .iter_mut()
-                .zip(&x.k[(t * x.n_head_k + head_k) * dk..][..dk])
-            {
-                *to = from * scale;
-            }
-            let scale = w.scale_q[t];
-            for (to, from) in q.iter_mut().zip(&x.q[(t * x.n_head + head) * dk..][..dk]) {
-                *to = from * scale;
-            }
-            v[..dv].copy_from_slice(&x.v[(t * x.n_head_k + head_k) * dv..][..dv]);
-            w.beta[i] = x.beta[t * x.n_head + head];
-            let g = if x.rule == Rule::Delta {
-                0.0
-            } else {
-                x.g[t * x.n_head + head]
-            };
-            let reset = x.resets.get(resets) == Some(&t);
-            resets += usize::from(reset);
-            // A decay to nothing is a reset too. Summing on from such a step would round away
-            // all smaller ones after it.
-            if reset || g < LEAST {
-                segment += 1;
-                sum = 0.0;
-            } else {
-                sum += g;
-            }
+            x.g[t * x.n_head + head]
+        };
+        let reset = x.resets.get(resets) == Some(&t);
+        resets += usize::from(reset);
+        // A decay to nothing is a reset too. Summing on from such a step would round away all
+        // smaller ones after it.
+        if reset || g < LEAST {
+            segment += 1;
+            sum = 0.0;
+        } else {
+            sum += g;
         }
         w.g[i] = sum;
         w.segment[i] = segment;
     }
+    if n < CHUNK {
+        keys[n * w.dim_k..].fill(0.0);
+        queries[n * w.dim_k..].fill(0.0);
+        w.r[n * w.dim_v..].fill(0.0);
+        w.beta[n..].fill(0.0);
+        w.g[n..].fill(sum);
+        w.segment[n..].fill(segment);
+    }
     let width = w.dim_v + CHUNK;
-    for (block, rows) in w.kq[..CHUNK * w.dim_k]
-        .chunks_exact(BLOCK * w.dim_k)
-        .enumerate()
-    {
-        for i in 0..w.dim_k {
-            let to = &mut w.sk[i * width + w.dim_v + block * BLOCK..][..BLOCK];
-            for (j, to) in to.iter_mut().enumerate() {
-                *to = rows[j * w.dim_k + i];
-            }
+    for (block, rows) in keys.chunks_exact(BLOCK * w.dim_k).enumerate() {
+        for i in (0..w.dim_k).step_by(BLOCK) {
+            let first = i * width + w.dim_v + block * BLOCK;
+            transpose(&rows[i..], w.dim_k, &mut w.sk[first..], width);
         }
     }
+}
+
+/// `to[j][i] = from[i][j]` for 16 x 16 numbers, by swapping ever smaller halves.
+#[inline(always)]
+fn transpose(from: &[f32], ld_from: usize, to: &mut [f32], ld_to: usize) {
+    let mut a = [[0f32; BLOCK]; BLOCK];
+    for (i, a) in a.iter_mut().enumerate() {
+        a.copy_from_slice(&from[i * ld_from..][..BLOCK]);
+    }
+    for half in [8, 4, 2, 1] {
+        for i in (0..BLOCK).filter(|i| i & half == 0) {
+            let (mut low, mut high) = (a[i], a[i + half]);
+            for j in (0..BLOCK).filter(|j| j & half == 0) {
+                std::mem::swap(&mut low[j + half], &mut high[j]);
+            }
+            (a[i], a[i + half]) = (low, high);
+        }
+    }
+    for (i, a) in a.iter().enumerate() {
+        to[i * ld_to..][..BLOCK].copy_from_slice(a);
+    }
+}
+
+/// Asks for the cache lines of `row` as it lies `ahead` numbers further on, which may be nowhere.
+#[inline(always)]
+fn prefetch(row: &[f32], ahead: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for i in (0..row.len()).step_by(16) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: every x86-64 has it; a prefetch never faults and changes no value.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(row.as_ptr().wrapping_add(ahead + i).cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (row, ahead);
 }
 
 /// One chunk, of which `n` tokens count.
 #[inline(always)]
 fn step(
-    w: &mut Work,
+    w: &mut Chunk<'_>,
     rule: Rule,
     n: usize,
-    product: &mut impl FnMut(&Product, *const f32, *const f32, *mut f32),
+    product: &mut impl FnMut(&Product, *const f32, *const f32, *mut f32, &mut Buffer),
 ) {
     let (dim_k, dim_v) = (w.dim_k, w.dim_v);
     let width = dim_v + CHUNK;
@@ -223,6 +311,7 @@ fn step(
         w.kq[skip * dim_k..].as_ptr(),
         w.sk.as_ptr(),
         w.x[skip * width..].as_mut_ptr(),
+        w.operands,
     );
     let mut from_state = [0f32; CHUNK];
     for i in 0..CHUNK {
@@ -259,9 +348,9 @@ fn step(
         }
     }
     if rule == Rule::Ssd {
-        std::mem::swap(&mut w.r, &mut w.e);
+        w.e.copy_from_slice(w.r);
     } else {
-        invert(&w.l, &mut w.t);
+        invert(w.l, w.t);
         let shape = Product {
             m: CHUNK,
             n: dim_v,
@@ -271,7 +360,13 @@ fn step(
             ldc: dim_v,
             add: false,
         };
-        product(&shape, w.t.as_ptr(), w.r.as_ptr(), w.e.as_mut_ptr());
+        product(
+            &shape,
+            w.t.as_ptr(),
+            w.r.as_ptr(),
+            w.e.as_mut_ptr(),
+            w.operands,
+        );
     }
     for i in 0..CHUNK {
         let qs = &w.x[(CHUNK + i) * width..][..dim_v];
@@ -288,7 +383,13 @@ fn step(
         ldc: dim_v,
         add: true,
     };
-    product(&shape, w.m.as_ptr(), w.e.as_ptr(), w.out.as_mut_ptr());
+    product(
+        &shape,
+        w.m.as_ptr(),
+        w.e.as_ptr(),
+        w.out.as_mut_ptr(),
+        w.operands,
+    );
     let last = n - 1;
     let mut to_end = [0f32; CHUNK];
     for j in 0..n {
@@ -316,30 +417,40 @@ fn step(
         ldc: width,
         add: true,
     };
-    product(&shape, w.kt.as_ptr(), w.e.as_ptr(), w.sk.as_mut_ptr());
+    product(
+        &shape,
+        w.kt.as_ptr(),
+        w.e.as_ptr(),
+        w.sk.as_mut_ptr(),
+        w.operands,
+    );
 }
 
-/// `t = (I + l)^-1` for strictly lower triangular `l`: row by row in blocks of 16 columns,
-/// `t_i = e_i - sum_(j < i) l_ij t_j`.
+/// `t = (I + l)^-1` for strictly lower triangular `l`, row by row: `t_i = e_i - sum_(j<i) l_ij t_j`.
 #[inline(always)]
 fn invert(l: &[f32], t: &mut [f32]) {
-    for i in 0..CHUNK {
-        let (done, rest) = t.split_at_mut(i * CHUNK);
-        let row = &mut rest[..CHUNK];
-        let mut sums = [[0f32; BLOCK]; CHUNK / BLOCK];
-        // `t_j` ends at its own diagonal: blocks to the right of it are zero.
-        for j in 0..i {
-            let factor = l[i * CHUNK + j];
-            let from = &done[j * CHUNK..][..CHUNK];
-            for (block, sums) in sums[..j / BLOCK + 1].iter_mut().enumerate() {
-                let from = &from[block * BLOCK..][..BLOCK];
-                for c in 0..BLOCK {
-                    sums[c] -= factor * from[c];
+    t[..CHUNK * CHUNK].fill(0.0);
+    for first in (0..CHUNK).step_by(BLOCK) {
+        for i in first..CHUNK {
+            // Four sums side by side; past the diagonal `l` is zero, and so is `t` so far.
+            let mut sums = [[0f32; BLOCK]; 4];
+            for j in (first..i).step_by(4) {
+                for (u, sum) in sums.iter_mut().enumerate() {
+                    let factor = l[i * CHUNK + j + u];
+                    let from = &t[(j + u) * CHUNK + first..][..BLOCK];
+                    for c in 0..BLOCK {
+                        sum[c] = factor.mul_add(from[c], sum[c]);
+                    }
                 }
             }
+            let row = &mut t[i * CHUNK + first..][..BLOCK];
+            for c in 0..BLOCK {
+                row[c] = -((sums[0][c] + sums[1][c]) + (sums[2][c] + sums[3][c]));
+            }
+            if i < first + BLOCK {
+                row[i - first] = 1.0;
+            }
         }
-        row.copy_from_slice(sums.as_flattened());
-        row[i] = 1.0;
     }
 }
 

@@ -5,6 +5,7 @@
 //! to 2^-17; at a third of the tiles' speed it is still several times that of F32 vectors.
 
 use super::CONFIG;
+use crate::mul_mat::buffer::Buffer;
 use crate::recur::Inputs;
 use crate::recur::chunk::{self, Product};
 use std::arch::asm;
@@ -15,30 +16,18 @@ const TILE: usize = 1024;
 /// Rows of `b`, and columns of `a`, that one tile covers.
 const DEPTH: usize = 32;
 
-#[derive(Clone)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-/// The operands as tiles, high halves before low ones.
-#[derive(Default)]
-struct Scratch {
-    a: Vec<Line>,
-    b: Vec<Line>,
-}
-
 /// The chunked form of one head; see [`chunk::chunked`].
 ///
 /// # Safety
 /// As [`crate::cpu::avx512::recur::recurrent`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
 pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
-    let mut scratch = Scratch::default();
     // SAFETY: passed on; the buffers have the shapes that `Product` states. Tiles are configured
     // before and released after their use.
     unsafe {
         asm!("ldtilecfg [{}]", in(reg) &CONFIG, options(nostack, readonly));
-        chunk::chunked(x, head, state, out, |shape, a, b, c| {
-            product(shape, a, b, c, &mut scratch);
+        chunk::chunked(x, head, state, out, |shape, a, b, c, operands| {
+            product(shape, a, b, c, operands);
         });
         asm!("tilerelease", options(nostack, nomem));
     }
@@ -54,18 +43,15 @@ unsafe fn product(
     a: *const f32,
     b: *const f32,
     c: *mut f32,
-    scratch: &mut Scratch,
+    operands: &mut Buffer,
 ) {
     let depth = shape.k / DEPTH;
     let (m, n) = (shape.m / 16, shape.n / 16);
     // Tile (i, d) of `a` is the pair number i * depth + d, tile (d, j) of `b` is j * depth + d.
-    scratch.a.resize(m * depth * 2 * TILE / 64, Line([0; 64]));
-    scratch.b.resize(n * depth * 2 * TILE / 64, Line([0; 64]));
-    let (pa, pb) = (
-        scratch.a.as_mut_ptr().cast::<u8>(),
-        scratch.b.as_mut_ptr().cast::<u8>(),
-    );
-    // SAFETY: tiles within the matrices and the scratch just sized.
+    operands.reserve((m + n) * depth * 2 * TILE);
+    let pa = operands.as_mut_ptr();
+    let pb = pa.wrapping_add(m * depth * 2 * TILE);
+    // SAFETY: tiles within the matrices and the room just made.
     unsafe {
         for i in 0..m {
             for d in 0..depth {
