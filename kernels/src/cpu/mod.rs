@@ -19,6 +19,7 @@ use crate::attend::tile::PageKernels;
 use crate::cpu::mul_mat::{Panel, Scratch};
 use crate::dispatch::{Isa, available};
 use crate::mul_mat::activations::QuantizeRow;
+use crate::recur::HeadKernels;
 use crate::rope::RopeKind;
 
 /// `x` row, weights, eps, out row.
@@ -117,5 +118,29 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
         _ => None,
+    }
+}
+
+/// Scalar has the recurrent form only.
+pub(crate) fn recur(isa: Isa) -> HeadKernels {
+    check(isa);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => HeadKernels {
+            recurrent: avx512::recur::recurrent,
+            chunked: amx::recur::chunked,
+            chunked_from: 32,
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => HeadKernels {
+            recurrent: avx512::recur::recurrent,
+            chunked: avx512::recur::chunked,
+            chunked_from: usize::MAX,
+        },
+        _ => HeadKernels {
+            recurrent: scalar::recur::recur,
+            chunked: scalar::recur::recur,
+            chunked_from: usize::MAX,
+        },
     }
 }

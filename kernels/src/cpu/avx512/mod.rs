@@ -7,3 +7,4 @@ mod mul_mat_float;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod swiglu;
+pub(crate) mod recur;
