@@ -208,11 +208,13 @@ class Layer(nn.Module):
         v = a.v_proj(h).reshape(B, S, self.n_kv, self.hd)
         if hasattr(a, "q_norm"):
             q, k = a.q_norm(q), a.k_norm(k)
-        q, k = (rotate(z, cos, sin).to(v.dtype).transpose(1, 2) for z in (q, k))
-        v = v.transpose(1, 2)
+        # The soft-max stays in F32 on the CPU: its BF16 backward is slower there than the F32 one.
+        ty = v.dtype if v.is_cuda else torch.float32
+        q, k, v = (z.to(ty).transpose(1, 2) for z in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if self.n_kv != self.n_head:
             k, v = (z.repeat_interleave(self.n_head // self.n_kv, 1) for z in (k, v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with torch.autocast(x.device.type, enabled=x.is_cuda):
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + a.o_proj(o.transpose(1, 2).reshape(B, S, -1))
         h = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
