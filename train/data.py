@@ -176,11 +176,15 @@ def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=E
 class Encoder:
     """Records to token ids with loss weights, sentence by sentence (the tokenizer never merges across them)."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, special_tokens=None):
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
-        self.end, self.user, self.assistant, self.pad = (self.tokenizer.token_to_id(t) for t in RECORDS["special_tokens"])
+        names = special_tokens or RECORDS["special_tokens"]
+        found = [self.tokenizer.token_to_id(t) for t in names]
+        if None in found:
+            raise ValueError(f"{tokenizer}: no token {names[found.index(None)]!r}; set special_tokens = [end, user, assistant, pad]")
+        self.end, self.user, self.assistant, self.pad = found
         self.cache = {}
 
     def ids(self, text):

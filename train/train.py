@@ -245,6 +245,12 @@ def export(model, cfg, tokenizer, out, run):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (Path(tokenizer) / name).exists():
             shutil.copyfile(Path(tokenizer) / name, out / name)
+    gist = cfg["memory"].get("gist_token_ids", [])
+    if gist:  # the tokenizer has to know them
+        data = json.loads((out / "tokenizer.json").read_text())
+        for j, token in enumerate(gist):
+            data["added_tokens"].append({**data["added_tokens"][-1], "id": token, "content": f"<|gist_{j}|>"})
+        (out / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False) + "\n")
 
 
 def main():
@@ -273,7 +279,7 @@ def train(stage, toml, stop=None, overrides=()):
         torch.set_num_threads(run.get("threads", 1))
     here = Path(toml).resolve().parent
     tokenizer = here / run["tokenizer"]
-    encoder = Encoder(tokenizer / "tokenizer.json")
+    encoder = Encoder(tokenizer / "tokenizer.json", run.get("special_tokens"))
     run["pad"] = encoder.pad
     cfg = {**settings["model"], "memory": settings["memory"], "eos_token_id": encoder.end, "bos_token_id": None}
     torch.manual_seed(run["seed"])
@@ -301,8 +307,13 @@ def train(stage, toml, stop=None, overrides=()):
     elif run.get("base"):  # a pretrained Hugging Face directory; mem.* stays as initialised
         from safetensors.torch import load_file
 
+        missing = set(dict(model.named_parameters()))
         for file in sorted(Path(run["base"]).glob("*.safetensors")):
-            model.load_state_dict({k: v.float() for k, v in load_file(file).items()}, strict=False)
+            found = {k: v.float() for k, v in load_file(file).items()}
+            missing -= set(found)
+            model.load_state_dict(found, strict=False)
+        if any(not name.startswith("mem.") for name in missing):
+            raise ValueError(f"{run['base']}: tensors missing: {sorted(n for n in missing if not n.startswith('mem.'))[:4]}")
     model.to(device)
     step_module = Step(model, run, stage)
     if world > 1:

@@ -144,3 +144,30 @@ def test_reader_equals_the_batched_model(name):
 def test_wilson_interval_covers():
     low, high = wilson(50, 100)
     assert low < 0.5 < high and 0.4 < low and high < 0.6
+
+
+def test_gist_arm_trains_and_exports_its_tokens(tmp_path):
+    toml = settings(tmp_path)
+    text = toml.read_text()
+    head, tail = text.split("[memory]")
+    tail = tail[tail.index("[train]"):]
+    memory = '[memory]\nkind = "gist"\nposition = "keep"\n"node.slots" = 2\ngist_token_ids = [2048, 2049]\n'
+    toml.write_text(head.replace("vocab_size = 2048", "vocab_size = 2050") + memory + tail)
+    trainer.train("compressor", toml, stop=3)
+    encoder = Encoder(tmp_path / "out" / "compressor" / "export" / "tokenizer.json")
+    assert encoder.tokenizer.token_to_id("<|gist_1|>") == 2049
+    batch = trainer.Batches({"seed": 1, "longest": 24}, encoder, [2048, 2049]).draw(
+        0, 0, {"tasks": {"single": 1.0}, "facts": [3, 3], "filler": [2, 2]}, 1, "compressor")
+    assert (batch[0] == 2049).sum() == 5 and not batch[3].any()
+
+
+def test_pretrained_base_is_loaded_and_frozen(tmp_path):
+    toml = settings(tmp_path)
+    trainer.train("compressor", toml, stop=3)
+    base = tmp_path / "out" / "compressor" / "export"
+    run = toml.read_text().replace(str(tmp_path / "out"), str(tmp_path / "second"))
+    toml.write_text(run.replace("seed = 5", f'seed = 6\nbase = "{base}"\nfreeze = ["model.*"]\ndistill = 0.5'))
+    trainer.train("compressor", toml, stop=3)
+    before, after = Mneme.load(base), Mneme.load(tmp_path / "second" / "compressor" / "export")
+    changed = {n for (n, a), (_, b) in zip(before.named_parameters(), after.named_parameters()) if not torch.allclose(a, b)}
+    assert changed and all(n.startswith("mem.") for n in changed)
