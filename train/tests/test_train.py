@@ -171,3 +171,21 @@ def test_pretrained_base_is_loaded_and_frozen(tmp_path):
     before, after = Mneme.load(base), Mneme.load(tmp_path / "second" / "compressor" / "export")
     changed = {n for (n, a), (_, b) in zip(before.named_parameters(), after.named_parameters()) if not torch.allclose(a, b)}
     assert changed and all(n.startswith("mem.") for n in changed)
+
+
+def test_ahn_arm_learns_nothing_but_its_memory(tmp_path):
+    toml = settings(tmp_path)
+    head, tail = toml.read_text().split("[memory]")
+    tail = tail[tail.index("[train]"):]
+    toml.write_text(head + '[memory]\nkind = "full"\n' + tail)
+    trainer.train("compressor", toml, stop=3)
+    base = tmp_path / "out" / "compressor" / "export"
+    head += 'sliding_window = 12\nnum_attn_sinks = 2\n_ahn_implementation = "GatedDeltaNet"\n'
+    tail = tail.replace("[train]", f'[train]\nbase = "{base}"\nonly = ["*.ahn.*"]\ndistill = 1.0', 1)
+    toml.write_text(head + '[memory]\nkind = "ahn"\n' + tail.replace(str(tmp_path / "out") + '"', str(tmp_path / "second") + '"'))
+    trainer.train("compressor", toml, stop=3)
+    before, after = Mneme.load(base), Mneme.load(tmp_path / "second" / "compressor" / "export")
+    old = dict(before.named_parameters())
+    for name, p in after.named_parameters():
+        assert name not in old or torch.equal(p, old[name]), name
+    assert any(p.abs().sum() > 0 for n, p in after.named_parameters() if n.endswith("ahn.fn.o_proj.weight"))
