@@ -156,10 +156,11 @@ class Compressor(nn.Module):
             self.decider = nn.ModuleList([linear(c, c, bias=True), linear(c, 1, bias=True)])
         self.active = Delta(c, heads)
         self.node = nn.Module()
+        # The learned part of a slot begins small and the recurrence's part does not: the first norm of the decoder sees
+        # their ratio, and a large constant slot trained into a gist token that ignored the recurrence (train/LOG.md).
         self.node.map = linear(c, self.slots * d)
-        nn.init.zeros_(self.node.map.weight)
         self.node.slot = nn.Module()
-        self.node.slot.weight = nn.Parameter(torch.randn(self.slots, d) * 0.5)
+        self.node.slot.weight = nn.Parameter(torch.randn(self.slots, d) * 0.02)
 
     def trunk(self, x):
         """h [B, T, c] of token embeddings x [B, T, D]."""

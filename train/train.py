@@ -45,7 +45,7 @@ def draw_record(rng, level):
         relations = (rng.choice(relations),)
     facts, extra = (rng.randint(*level[k]) for k in ("facts", "filler"))
     return record(rng, "single" if task == "repeat" else task, facts, extra, level.get("questions", 4), relations,
-                  level.get("repeat", 1.0) if task != "single" else 0.0)
+                  level.get("repeat", 1.0) if task != "single" else 0.0, level.get("terse", 0.0))
 
 
 def rule_cuts(rng, marks, end_ids, mode, longest):
