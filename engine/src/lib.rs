@@ -12,6 +12,7 @@ pub mod hparams;
 pub mod memory;
 pub mod model;
 pub mod ops;
+pub mod sampler;
 pub mod scheduler;
 pub mod session;
 pub mod tokenizer;
