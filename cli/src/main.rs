@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod generate;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -14,6 +15,8 @@ mod perplexity;
 mod plots;
 mod progress;
 mod report;
+mod run;
+mod saved;
 mod segments;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -36,6 +39,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Go on with a text: from -p, a file or stdin
+    Run(run::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
@@ -49,6 +54,7 @@ enum Command {
 impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
+            Command::Run(args) => run::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Segments(args) => segments::run(&args),
