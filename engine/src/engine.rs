@@ -504,6 +504,12 @@ impl Sequence {
         held
     }
 
+    /// Frees no cell from now on; what is visible stays the same. The mask that freeing is tested
+    /// against.
+    pub fn hold_all(&mut self) {
+        self.memory.store_mut().hold_all();
+    }
+
     /// A second sequence with the same past; cells are shared until written.
     pub fn fork(&self) -> Sequence {
         Sequence {

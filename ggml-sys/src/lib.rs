@@ -115,13 +115,6 @@ pub enum Error {
 pub struct Type(u32);
 
 impl Type {
-    /// IEEE single precision.
-    pub const F32: Type = Type(raw::GGML_TYPE_F32);
-    /// IEEE half precision.
-    pub const F16: Type = Type(raw::GGML_TYPE_F16);
-    /// The upper half of a single.
-    pub const BF16: Type = Type(raw::GGML_TYPE_BF16);
-
     /// The type with this id in a GGUF file; `None` for ids that ggml has removed (4, 5, 31..=33,
     /// 36..=38) or does not know.
     pub fn from_id(id: u32) -> Option<Type> {
@@ -216,6 +209,48 @@ impl Type {
                 | raw::GGML_TYPE_IQ3_S
         )
     }
+}
+
+/// One constant per floating and block type, named as ggml names it.
+macro_rules! constants {
+    ($($name:ident = $raw:ident: $what:literal;)*) => {
+        #[allow(non_upper_case_globals)]
+        impl Type {$(
+            #[doc = $what]
+            pub const $name: Type = Type(raw::$raw);
+        )*}
+    };
+}
+
+constants! {
+    F32 = GGML_TYPE_F32: "IEEE single precision.";
+    F16 = GGML_TYPE_F16: "IEEE half precision.";
+    BF16 = GGML_TYPE_BF16: "The upper half of a single.";
+    Q1_0 = GGML_TYPE_Q1_0: "1 bit, blocks of 128.";
+    Q2_0 = GGML_TYPE_Q2_0: "2 bits, blocks of 64.";
+    Q4_0 = GGML_TYPE_Q4_0: "4 bits, blocks of 32, a scale each.";
+    Q4_1 = GGML_TYPE_Q4_1: "4 bits, blocks of 32, a scale and a minimum each.";
+    Q5_0 = GGML_TYPE_Q5_0: "5 bits, blocks of 32, a scale each.";
+    Q5_1 = GGML_TYPE_Q5_1: "5 bits, blocks of 32, a scale and a minimum each.";
+    Q8_0 = GGML_TYPE_Q8_0: "8 bits, blocks of 32, a scale each.";
+    Q2_K = GGML_TYPE_Q2_K: "2 bits, superblocks of 256.";
+    Q3_K = GGML_TYPE_Q3_K: "3 bits, superblocks of 256.";
+    Q4_K = GGML_TYPE_Q4_K: "4 bits, superblocks of 256.";
+    Q5_K = GGML_TYPE_Q5_K: "5 bits, superblocks of 256.";
+    Q6_K = GGML_TYPE_Q6_K: "6 bits, superblocks of 256.";
+    IQ1_S = GGML_TYPE_IQ1_S: "1.56 bits by codebook.";
+    IQ1_M = GGML_TYPE_IQ1_M: "1.75 bits by codebook.";
+    IQ2_XXS = GGML_TYPE_IQ2_XXS: "2.06 bits by codebook.";
+    IQ2_XS = GGML_TYPE_IQ2_XS: "2.31 bits by codebook.";
+    IQ2_S = GGML_TYPE_IQ2_S: "2.56 bits by codebook.";
+    IQ3_XXS = GGML_TYPE_IQ3_XXS: "3.06 bits by codebook.";
+    IQ3_S = GGML_TYPE_IQ3_S: "3.44 bits by codebook.";
+    IQ4_NL = GGML_TYPE_IQ4_NL: "4 bits at unequal steps, blocks of 32.";
+    IQ4_XS = GGML_TYPE_IQ4_XS: "4 bits at unequal steps, superblocks of 256.";
+    TQ1_0 = GGML_TYPE_TQ1_0: "Ternary, 1.69 bits.";
+    TQ2_0 = GGML_TYPE_TQ2_0: "Ternary, 2.06 bits.";
+    MXFP4 = GGML_TYPE_MXFP4: "4-bit floats, blocks of 32 with a power-of-two scale.";
+    NVFP4 = GGML_TYPE_NVFP4: "4-bit floats, blocks of 64 with four scales.";
 }
 
 impl fmt::Debug for Type {

@@ -9,7 +9,8 @@
 //! Gimelshein, 2018) and partitions are merged in order, whatever the number of queries in the
 //! call and of threads. So a query's result has the same bits in prefill and in decode.
 
-mod layout;
+pub(crate) mod layout;
+pub(crate) mod tile;
 
 use crate::cpu;
 use crate::dispatch::{self, Isa};
@@ -81,9 +82,11 @@ pub fn attend_with(
     scale: f32,
     seqs: &mut [Sequence<'_>],
 ) {
-    cpu::check(isa);
     check(layout, n_head, seqs);
-    scalar(pool, layout, n_head, scale, seqs);
+    match cpu::attend(isa) {
+        Some(kernels) => tile::attend(kernels, pool, layout, n_head, scale, seqs),
+        None => scalar(pool, layout, n_head, scale, seqs),
+    }
 }
 
 /// One query of one head after another by the oracle.

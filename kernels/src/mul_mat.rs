@@ -1,11 +1,24 @@
 //! Activations times a weight matrix: nearly all the work of a model.
+//!
+//! Weights are interleaved once, when they are loaded ([`Packed`], `layout`). A call quantises
+//! its activations once (`activations`) and splits its output into units of 16 rows times a run
+//! of tokens; every unit belongs to one thread from beginning to end.
+
+pub(crate) mod activations;
+pub(crate) mod buffer;
+pub(crate) mod layout;
 
 use crate::cpu;
+use crate::cpu::mul_mat::{Panel, Scratch, Tokens};
 use crate::dispatch::{self, Isa};
 use crate::pool::Pool;
 pub use crate::quant::WeightType;
 use crate::split::SplitMut;
+use activations::{GROUP, QuantizeRow, Quants};
+use buffer::Buffer;
+use layout::ROWS;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Why a matrix could not be packed.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +67,9 @@ pub struct Packed {
     ty: WeightType,
     n_rows: usize,
     n_cols: usize,
-    bytes: Vec<u8>,
+    /// Panels as `layout` says; the file's rows for [`Isa::Scalar`].
+    bytes: Buffer,
+    panel_bytes: usize,
 }
 
 impl Packed {
@@ -81,7 +96,7 @@ impl Packed {
     /// If this machine lacks `isa`.
     pub fn pack_for(
         isa: Isa,
-        _pool: &Pool,
+        pool: &Pool,
         ty: WeightType,
         n_rows: usize,
         n_cols: usize,
@@ -101,12 +116,45 @@ impl Packed {
                 got: bytes.len(),
             });
         }
+        let too_large = Error::TooLarge { ty, n_rows, n_cols };
+        if cpu::mul_mat(isa).is_none() {
+            let mut copy = Buffer::zeroed(expected);
+            copy[..expected].copy_from_slice(bytes);
+            return Ok(Packed {
+                isa,
+                ty,
+                n_rows,
+                n_cols,
+                bytes: copy,
+                panel_bytes: 0,
+            });
+        }
+        let Some(panel_bytes) = layout::panel_bytes(ty, n_cols) else {
+            return Err(too_large);
+        };
+        let n_panels = n_rows.div_ceil(ROWS);
+        let Some(n_bytes) = n_panels.checked_mul(panel_bytes) else {
+            return Err(too_large);
+        };
+        let mut packed = Buffer::zeroed(n_bytes);
+        if n_bytes > 0 {
+            let panels = SplitMut::new(&mut packed);
+            pool.for_each(n_panels, 4, |range| {
+                for i in range {
+                    let rows = &bytes[i * ROWS * row..expected.min((i + 1) * ROWS * row)];
+                    // SAFETY: panels are claimed once.
+                    let panel = unsafe { panels.part(i * panel_bytes..(i + 1) * panel_bytes) };
+                    layout::pack_panel(ty, n_cols, rows, panel);
+                }
+            });
+        }
         Ok(Packed {
             isa,
             ty,
             n_rows,
             n_cols,
-            bytes: bytes.to_vec(),
+            bytes: packed,
+            panel_bytes,
         })
     }
 
@@ -134,6 +182,12 @@ impl Packed {
     pub fn isa(&self) -> Isa {
         self.isa
     }
+
+    /// How its activations are quantised, if they are and in blocks of `block_len`.
+    fn quantize(&self, block_len: usize) -> Option<QuantizeRow> {
+        let (_, row) = cpu::mul_mat(self.isa)?;
+        (self.ty.block_len() == block_len).then_some(row)
+    }
 }
 
 /// `out[m][t, r] = sum_c w_m[r, c] * x[t, c]` for every matrix `m`.
@@ -144,7 +198,7 @@ impl Packed {
 /// # Panics
 /// If shapes differ.
 pub fn mul_mat(pool: &Pool, x: &[f32], n_tokens: usize, mats: &mut [(&Packed, &mut [f32])]) {
-    for (w, out) in mats.iter_mut() {
+    for (w, out) in mats.iter() {
         assert_eq!(
             x.len(),
             n_tokens * w.n_cols,
@@ -157,20 +211,122 @@ pub fn mul_mat(pool: &Pool, x: &[f32], n_tokens: usize, mats: &mut [(&Packed, &m
             "mul_mat: out is not [{n_tokens}, {}]",
             w.n_rows
         );
-        scalar(pool, x, n_tokens, w, out);
+    }
+    if x.is_empty() {
+        mats.iter_mut().for_each(|(_, out)| out.fill(0.0));
+        return;
+    }
+    CALL.with_borrow_mut(|call| call.run(pool, x, n_tokens, mats));
+}
+
+/// Activations of a run of tokens that should stay in a core's second-level cache, in bytes.
+const RUN_BYTES: usize = 1 << 20;
+/// Most tokens of a run: their running sums should leave the first level to the weights.
+const RUN_TOKENS: usize = 512;
+
+thread_local! {
+    /// What a caller of `mul_mat` keeps from call to call.
+    static CALL: RefCell<Call> = RefCell::new(Call {
+        blocks_of_32: Quants::new(32),
+        blocks_of_256: Quants::new(256),
+    });
+    /// What each thread of the pool keeps.
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::new());
+    /// Plain Rust: one dequantised row of weights, then one result per token.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+struct Call {
+    blocks_of_32: Quants,
+    blocks_of_256: Quants,
+}
+
+impl Call {
+    fn run(&mut self, pool: &Pool, x: &[f32], n_tokens: usize, mats: &mut [(&Packed, &mut [f32])]) {
+        for quants in [&mut self.blocks_of_32, &mut self.blocks_of_256] {
+            let row = mats
+                .iter()
+                .find_map(|(w, _)| w.quantize(quants.block_len()));
+            if let Some(row) = row {
+                quants.fill(pool, x, n_tokens, row);
+            }
+        }
+        let row_bytes = x.len() / n_tokens;
+        let run = (RUN_BYTES / row_bytes / GROUP * GROUP).clamp(GROUP, RUN_TOKENS);
+        let runs = n_tokens.div_ceil(run);
+        let mut units = Vec::with_capacity(mats.len());
+        let mut n_panels = 0;
+        for (w, out) in mats.iter_mut() {
+            if cpu::mul_mat(w.isa).is_none() {
+                scalar(pool, x, n_tokens, w, out);
+                continue;
+            }
+            let tokens = match w.ty.block_len() {
+                32 => Tokens::Quants(&self.blocks_of_32),
+                256 => Tokens::Quants(&self.blocks_of_256),
+                _ => Tokens::F32(x),
+            };
+            let end = n_panels + w.n_rows.div_ceil(ROWS);
+            units.push(Matrix {
+                w,
+                x: tokens,
+                out: SplitMut::new(out),
+                panels: n_panels..end,
+            });
+            n_panels = end;
+        }
+        // Runs outermost: a thread goes on with the activations it has just read.
+        let n = runs * n_panels;
+        let grain = (n / (8 * pool.n_threads())).clamp(1, 16);
+        pool.for_each(n, grain, |range| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                for i in range {
+                    let (i, panel) = (i / n_panels, i % n_panels);
+                    let tokens = i * run..n_tokens.min((i + 1) * run);
+                    let m = units.iter().find(|m| m.panels.contains(&panel));
+                    m.expect("panels are numbered without gaps")
+                        .panel(panel, tokens, scratch);
+                }
+            });
+        });
     }
 }
 
-thread_local! {
-    /// One dequantised row of weights, then one result per token.
-    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+/// A matrix of a call, with its panels' numbers among those of all matrices.
+struct Matrix<'a> {
+    w: &'a Packed,
+    x: Tokens<'a>,
+    out: SplitMut<'a, f32>,
+    panels: Range<usize>,
+}
+
+impl Matrix<'_> {
+    fn panel(&self, panel: usize, tokens: Range<usize>, scratch: &mut Scratch) {
+        let w = self.w;
+        let first = (panel - self.panels.start) * ROWS;
+        let bytes = &w.bytes[first / ROWS * w.panel_bytes..][..w.panel_bytes];
+        let panel = Panel {
+            ty: w.ty,
+            n_cols: w.n_cols,
+            bytes: bytes.as_ptr(),
+            x: self.x,
+            tokens,
+            out: self.out.at(first),
+            stride: w.n_rows,
+            rows: ROWS.min(w.n_rows - first),
+        };
+        let (mul_mat, _) = cpu::mul_mat(w.isa).expect("checked by run");
+        // SAFETY: the instruction set is available (`cpu::mul_mat`), the bytes are a panel of
+        // this type, and each run of a panel is claimed by one thread.
+        unsafe { mul_mat(&panel, scratch) }
+    }
 }
 
 fn scalar(pool: &Pool, x: &[f32], n_tokens: usize, w: &Packed, out: &mut [f32]) {
     if n_tokens == 0 || w.n_cols == 0 {
         return out.fill(0.0);
     }
-    let row_bytes = w.bytes.len() / w.n_rows.max(1);
+    let row_bytes = w.ty.row_bytes(w.n_cols).expect("checked by pack");
     let out = SplitMut::new(out);
     pool.for_each(w.n_rows, 16, |rows| {
         ROW.with_borrow_mut(|row| {

@@ -35,4 +35,11 @@ impl<'a, T> SplitMut<'a, T> {
             std::slice::from_raw_parts_mut(self.start.add(range.start), range.end - range.start)
         }
     }
+
+    /// Address of element `i`, for kernels that write columns of rows with a stride.
+    pub(crate) fn at(&self, i: usize) -> *mut T {
+        assert!(i < self.len);
+        // SAFETY: in bounds.
+        unsafe { self.start.add(i) }
+    }
 }

@@ -188,6 +188,9 @@ impl NodeTensors {
         n: usize,
     ) -> (Vec<f32>, Vec<f32>) {
         let c = self.width;
+        if n == 0 {
+            return (Vec::new(), Vec::new());
+        }
         let mut normed = vec![0.0; x.len()];
         ops.rms_norm(x, &self.in_norm, EPS, &mut normed);
         let mut u = vec![0.0; n * c];
@@ -201,9 +204,7 @@ impl NodeTensors {
             .as_ref()
             .map(|head| head.probabilities(ops, &u, n, c, at.last.as_deref()))
             .unwrap_or_default();
-        if n > 0 {
-            at.last = Some(u[(n - 1) * c..].into());
-        }
+        at.last = Some(u[(n - 1) * c..].into());
         (u, p)
     }
 
@@ -240,6 +241,9 @@ impl NodeTensors {
     /// Slot embeddings `[n, n_slots, n_embd]` of `n` readouts `[n, c]`.
     pub fn slots(&self, ops: &Cpu, r: &[f32], n: usize) -> Vec<f32> {
         let mut e = vec![0.0; n * self.slot.len()];
+        if n == 0 {
+            return e;
+        }
         ops.mul_mat(r, n, &mut [(&self.map, &mut e)]);
         ops.add_bias(&mut e, &self.slot);
         e
@@ -271,8 +275,8 @@ impl Delta {
         n_head: usize,
         resets: &[usize],
     ) -> Vec<f32> {
-        let c = qkv.len() / (3 * n.max(1));
-        let d = c / n_head;
+        let d = self.head_norm.len();
+        let c = d * n_head;
         let mut beta = vec![0.0; n * n_head];
         let mut g = vec![0.0; n * n_head];
         ops.mul_mat(y, n, &mut [(&self.beta, &mut beta), (&self.alpha, &mut g)]);

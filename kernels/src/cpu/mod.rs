@@ -3,9 +3,17 @@
 //! Every table asserts that the set is available, so that the unsafe functions it returns may
 //! be called on this machine.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+pub(crate) mod mul_mat;
 pub(crate) mod scalar;
 
+use crate::attend::tile::PageKernels;
+use crate::cpu::mul_mat::{Panel, Scratch};
 use crate::dispatch::{Isa, available};
+use crate::mul_mat::activations::QuantizeRow;
 use crate::rope::RopeKind;
 
 /// `x` row, weights, eps, out row.
@@ -16,6 +24,9 @@ pub(crate) type Swiglu = unsafe fn(&[f32], &[f32], &mut [f32]);
 pub(crate) type Add = unsafe fn(&mut [f32], &[f32]);
 /// The rotated part of a head, cosines, sines.
 pub(crate) type Rope = unsafe fn(RopeKind, &mut [f32], &[f32], &[f32]);
+
+/// A panel times its tokens.
+pub(crate) type MulMat = unsafe fn(&Panel<'_>, &mut Scratch);
 
 /// Stops a caller that names an instruction set this machine lacks.
 pub(crate) fn check(isa: Isa) {
@@ -44,4 +55,26 @@ pub(crate) fn add(isa: Isa) -> Add {
 pub(crate) fn rope(isa: Isa) -> Rope {
     check(isa);
     scalar::rope::rope
+}
+
+/// `None` for plain Rust, which works on the file's own rows.
+pub(crate) fn mul_mat(isa: Isa) -> Option<(MulMat, QuantizeRow)> {
+    check(isa);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => Some((avx512::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => Some((amx::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        _ => None,
+    }
+}
+
+/// None: the scalar set, which goes cell by cell.
+pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
+    check(isa);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
+        _ => None,
+    }
 }

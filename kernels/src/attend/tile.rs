@@ -1,0 +1,675 @@
+//! The walk over pages that every vector instruction set shares: which rows see which cells, the
+//! running soft-max of a partition, and the merge of partitions. The arithmetic of one page is
+//! the instruction set's ([`PageKernels`]).
+
+use super::layout::{BLOCK, HALF_CELLS, KvType, PAGE_CELLS, PageLayout};
+use super::{PARTITION_CELLS, Sequence, Visible};
+use crate::pool::Pool;
+use crate::split::SplitMut;
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Rows (query, head) that share one pass over the cells: enough that converting a page and
+/// fetching it from memory is paid once for many products, few enough to stay in the L2 cache.
+const TILE_ROWS: usize = 64;
+/// Rows whose queries lie interleaved, as the widest micro-kernel reads them.
+pub(crate) const ROWS: usize = 8;
+/// The same for 16-bit integer queries.
+pub(crate) const ROWS_Q8: usize = 4;
+/// Largest magnitude of a 16-bit query: both its bytes, the lower one signed, stay in range.
+const Q16_MAX: f32 = 32639.0;
+
+/// What an instruction set does with one page of one kv head. `seen` marks cells that at least
+/// one row sees; no other cell's bytes may reach a result.
+pub(crate) struct PageKernels {
+    /// Fills [`Tile::s`] with the scores of the seen cells; the pointer is to the head's keys.
+    pub(crate) scores: unsafe fn(&mut Tile, *const u8, u64),
+    /// Turns scores into weights relative to the page's largest, updates [`Tile::m`] and
+    /// [`Tile::l`], leaves the factors of old and new sums in [`Tile::alpha`] and [`Tile::beta`].
+    pub(crate) soft_max: unsafe fn(&mut Tile),
+    /// `acc = alpha acc + beta sum_c s[c] v[c]`; the pointer is to the head's values.
+    pub(crate) weigh: unsafe fn(&mut Tile, *const u8, u64),
+    /// Whether Q8_0 keys want queries as integers ([`Tile::q16`]).
+    pub(crate) integer_q: bool,
+}
+
+/// Where a head's cells end on this page, and how far the next page's are from there: what a
+/// kernel needs to ask memory for cells before it uses them.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    pub(crate) end: *const u8,
+    pub(crate) jump: isize,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// 64-byte aligned numbers.
+#[derive(Default)]
+pub(crate) struct Buffer {
+    lines: Vec<Line>,
+}
+
+impl Buffer {
+    /// Makes room for `len` numbers and returns where they start. What they hold is unspecified.
+    pub(crate) fn room(&mut self, len: usize) -> *mut f32 {
+        let n = len.div_ceil(16);
+        if self.lines.len() < n {
+            self.lines.resize(n, Line([0.0; 16]));
+        }
+        self.ptr()
+    }
+
+    pub(crate) fn ptr(&mut self) -> *mut f32 {
+        self.lines.as_mut_ptr().cast()
+    }
+
+    /// The first `len` numbers.
+    pub(crate) fn slice(&mut self, len: usize) -> &mut [f32] {
+        let start = self.room(len);
+        // SAFETY: `room` made at least `len` initialised numbers.
+        unsafe { std::slice::from_raw_parts_mut(start, len) }
+    }
+}
+
+/// The rows of one task and their running sums. One per thread, reused.
+pub(crate) struct Tile {
+    pub(crate) n_rows: usize,
+    pub(crate) dim_k: usize,
+    /// Values as stored, see [`PageLayout::dim_v_padded`].
+    pub(crate) dim_v: usize,
+    pub(crate) ty_k: KvType,
+    pub(crate) ty_v: KvType,
+    /// Queries times `scale * log2(e)`, `[row / ROWS][dim_k][ROWS]`.
+    pub(crate) q: Buffer,
+    /// Queries as integers, `[row / ROWS_Q8][dim / 4][high, low][ROWS_Q8]` words of 4 bytes.
+    pub(crate) q16: Vec<i32>,
+    /// -128 times the sum of a block's high and low bytes, `[row][dim / 32][2]`: undoes the bias
+    /// of stored keys.
+    pub(crate) q16_bias: Vec<i32>,
+    /// What an integer of `q16` is worth, `[row]`.
+    pub(crate) q16_step: Vec<f32>,
+    /// Scores in units of log 2, then weights, `[row][PAGE_CELLS]`.
+    pub(crate) s: Buffer,
+    /// Cells of the page that a row sees, `[row]`.
+    pub(crate) seen: Vec<u64>,
+    /// Largest score of the partition so far, `[row]`.
+    pub(crate) m: Vec<f32>,
+    pub(crate) alpha: Vec<f32>,
+    pub(crate) beta: Vec<f32>,
+    /// Sum of weights, in 16 parts, `[row][16]`.
+    pub(crate) l: Buffer,
+    /// Weighted sum of values, `[row][dim_v]`.
+    pub(crate) acc: Buffer,
+    /// Room for a page of keys or values as F32.
+    pub(crate) wide: Buffer,
+    pub(crate) ahead: Ahead,
+    /// Room for integer weights, `[row][2][64]` bytes.
+    pub(crate) w16: Vec<u8>,
+    /// Merged partitions: `[row]`, `[row]`, `[row][dim_v]`.
+    total_m: Vec<f32>,
+    total_l: Vec<f32>,
+    total_acc: Vec<f32>,
+    /// Ranking of kept cells, `[query][cell]`, and the outcome, `[query][page]`.
+    rank: Vec<f32>,
+    chosen: Vec<u64>,
+    order: Vec<u32>,
+}
+
+thread_local! {
+    static TILE: RefCell<Tile> = RefCell::new(Tile::new());
+}
+
+/// The queries of a tile, all of one sequence and one kv head.
+struct Task {
+    seq: usize,
+    queries: Range<usize>,
+    head_kv: usize,
+    kept: Range<usize>,
+    raw: Range<usize>,
+}
+
+/// A sequence without its output, which threads share.
+struct Cells<'a> {
+    q: &'a [f32],
+    visible: &'a [Visible],
+    kept: &'a [&'a [u8]],
+    raw: &'a [&'a [u8]],
+    raw_base: u64,
+    n_always: usize,
+    top_k: usize,
+}
+
+/// What does not differ between tasks.
+struct Call<'a> {
+    kernels: PageKernels,
+    layout: &'a PageLayout,
+    n_head: usize,
+    group: usize,
+    scale: f32,
+}
+
+/// [`super::attend`] by an instruction set's kernels; shapes are checked.
+pub(crate) fn attend(
+    kernels: PageKernels,
+    pool: &Pool,
+    layout: &PageLayout,
+    n_head: usize,
+    scale: f32,
+    seqs: &mut [Sequence<'_>],
+) {
+    let call = Call {
+        kernels,
+        layout,
+        n_head,
+        group: n_head / layout.n_head_kv,
+        scale,
+    };
+    let mut cells = Vec::with_capacity(seqs.len());
+    let mut outs = Vec::with_capacity(seqs.len());
+    for seq in seqs {
+        cells.push(Cells {
+            q: seq.q,
+            visible: seq.visible,
+            kept: seq.kept,
+            raw: seq.raw,
+            raw_base: seq.raw_base,
+            n_always: seq.n_always as usize,
+            top_k: seq.top_k as usize,
+        });
+        outs.push(SplitMut::new(&mut *seq.out));
+    }
+    let tasks = tasks(&call, &cells);
+    let out = |task: &Task, tile: &mut Tile| {
+        let width = layout.head_dim_v;
+        for row in 0..tile.n_rows {
+            let query = task.queries.start + row / call.group;
+            let head = task.head_kv * call.group + row % call.group;
+            let first = (query * n_head + head) * width;
+            // SAFETY: every row of every task is a different query or head.
+            let out = unsafe { outs[task.seq].part(first..first + width) };
+            tile.finish(row, out);
+        }
+    };
+    // Few tasks (decode) are split by partitions, whose sums meet in a second region.
+    let n_parts = |task: &Task| task.kept.len() + task.raw.len();
+    let items: Vec<(usize, usize)> = tasks
+        .iter()
+        .enumerate()
+        .flat_map(|(t, task)| (0..n_parts(task)).map(move |part| (t, part)))
+        .collect();
+    if pool.n_threads() == 1 || tasks.len() >= 8 * pool.n_threads() || items.len() <= tasks.len() {
+        pool.for_each(tasks.len(), 1, |range| {
+            for task in &tasks[range] {
+                TILE.with_borrow_mut(|tile| {
+                    tile.start(&call, &cells[task.seq], task);
+                    for part in 0..n_parts(task) {
+                        tile.partition(&call, &cells[task.seq], task, part);
+                        tile.merge();
+                    }
+                    out(task, tile);
+                });
+            }
+        });
+        return;
+    }
+    // Per row of a partition: its largest score, its sum of weights, its weighted values.
+    let row_len = 2 + layout.dim_v_padded();
+    let mut first_row = Vec::with_capacity(items.len() + 1);
+    first_row.push(0);
+    for &(t, _) in &items {
+        let rows = tasks[t].queries.len() * call.group;
+        first_row.push(first_row.last().expect("starts with 0") + rows);
+    }
+    let mut partial = vec![0f32; first_row.last().expect("starts with 0") * row_len];
+    {
+        let partial = SplitMut::new(&mut partial);
+        pool.for_each(items.len(), 1, |range| {
+            for i in range {
+                let (t, part) = items[i];
+                let task = &tasks[t];
+                // SAFETY: every item owns the rows between its first and the next item's.
+                let rows =
+                    unsafe { partial.part(first_row[i] * row_len..first_row[i + 1] * row_len) };
+                TILE.with_borrow_mut(|tile| {
+                    tile.start(&call, &cells[task.seq], task);
+                    tile.partition(&call, &cells[task.seq], task, part);
+                    tile.save(rows);
+                });
+            }
+        });
+    }
+    let mut first_item = Vec::with_capacity(tasks.len());
+    let mut n = 0;
+    for task in &tasks {
+        first_item.push(n);
+        n += n_parts(task);
+    }
+    pool.for_each(tasks.len(), 1, |range| {
+        for t in range {
+            let task = &tasks[t];
+            TILE.with_borrow_mut(|tile| {
+                tile.shape(&call, task);
+                for item in first_item[t]..first_item[t] + n_parts(task) {
+                    tile.load(&partial[first_row[item] * row_len..first_row[item + 1] * row_len]);
+                    tile.merge();
+                }
+                out(task, tile);
+            });
+        }
+    });
+}
+
+/// Cuts the call into tiles; the largest come first within a sequence's heads by nature.
+fn tasks(call: &Call<'_>, cells: &[Cells<'_>]) -> Vec<Task> {
+    let step = (TILE_ROWS / call.group).max(1);
+    let mut tasks = Vec::new();
+    for (seq, cells) in cells.iter().enumerate() {
+        for start in (0..cells.visible.len()).step_by(step) {
+            let queries = start..(start + step).min(cells.visible.len());
+            let visible = &cells.visible[queries.clone()];
+            let n_kept = visible.iter().map(|v| v.n_kept).max().unwrap_or(0) as usize;
+            let raw = visible.iter().filter(|v| v.raw_begin < v.raw_end);
+            let begin = raw.clone().map(|v| v.raw_begin).min().unwrap_or(0);
+            let end = raw.map(|v| v.raw_end).max().unwrap_or(0);
+            let part = PARTITION_CELLS as u64;
+            for head_kv in 0..call.layout.n_head_kv {
+                tasks.push(Task {
+                    seq,
+                    queries: queries.clone(),
+                    head_kv,
+                    kept: 0..n_kept.div_ceil(PARTITION_CELLS),
+                    raw: (begin / part) as usize..end.div_ceil(part) as usize,
+                });
+            }
+        }
+    }
+    tasks
+}
+
+impl Tile {
+    fn new() -> Tile {
+        Tile {
+            n_rows: 0,
+            dim_k: 0,
+            dim_v: 0,
+            ty_k: KvType::F32,
+            ty_v: KvType::F32,
+            q: Buffer::default(),
+            q16: Vec::new(),
+            q16_bias: Vec::new(),
+            q16_step: Vec::new(),
+            s: Buffer::default(),
+            seen: Vec::new(),
+            m: Vec::new(),
+            alpha: Vec::new(),
+            beta: Vec::new(),
+            l: Buffer::default(),
+            acc: Buffer::default(),
+            wide: Buffer::default(),
+            ahead: Ahead {
+                end: std::ptr::null(),
+                jump: 0,
+            },
+            w16: Vec::new(),
+            total_m: Vec::new(),
+            total_l: Vec::new(),
+            total_acc: Vec::new(),
+            rank: Vec::new(),
+            chosen: Vec::new(),
+            order: Vec::new(),
+        }
+    }
+
+    /// Sizes the tile for a task and empties the total.
+    fn shape(&mut self, call: &Call<'_>, task: &Task) {
+        let n = task.queries.len() * call.group;
+        self.n_rows = n;
+        self.dim_k = call.layout.head_dim_k;
+        self.dim_v = call.layout.dim_v_padded();
+        self.ty_k = call.layout.ty_k;
+        self.ty_v = call.layout.ty_v;
+        self.s.room(n * PAGE_CELLS);
+        self.l.room(n * 16);
+        self.acc.room(n * self.dim_v);
+        self.wide
+            .room(n.max(PAGE_CELLS * self.dim_k.max(self.dim_v)));
+        self.w16.resize(n * 2 * PAGE_CELLS, 0);
+        self.seen.resize(n, 0);
+        self.alpha.resize(n, 0.0);
+        self.beta.resize(n, 0.0);
+        self.m.resize(n, 0.0);
+        self.total_m.clear();
+        self.total_m.resize(n, f32::NEG_INFINITY);
+        self.total_l.clear();
+        self.total_l.resize(n, 0.0);
+        self.total_acc.clear();
+        self.total_acc.resize(n * self.dim_v, 0.0);
+    }
+
+    /// Takes in a task's queries and ranks kept cells where `top_k` asks for it.
+    fn start(&mut self, call: &Call<'_>, cells: &Cells<'_>, task: &Task) {
+        self.shape(call, task);
+        let dim = self.dim_k;
+        // Scores come out as logarithms to base 2, the exponential that hardware helps with.
+        let factor = call.scale * std::f32::consts::LOG2_E;
+        let q = self.q.slice(self.n_rows.next_multiple_of(ROWS) * dim);
+        for row in 0..self.n_rows {
+            let query = task.queries.start + row / call.group;
+            let head = task.head_kv * call.group + row % call.group;
+            let from = &cells.q[(query * call.n_head + head) * dim..][..dim];
+            let to = &mut q[row / ROWS * ROWS * dim + row % ROWS..];
+            for (i, x) in from.iter().enumerate() {
+                to[i * ROWS] = x * factor;
+            }
+        }
+        if self.ty_k == KvType::Q8_0 && call.kernels.integer_q {
+            self.quantize_q();
+        }
+        if cells.top_k > 0 {
+            self.choose(call, cells, task);
+        }
+    }
+
+    /// Queries as 16-bit integers in two signed bytes.
+    fn quantize_q(&mut self) {
+        let dim = self.dim_k;
+        let n_blocks = dim.div_ceil(BLOCK);
+        let n_words = n_blocks * BLOCK / 4;
+        let q = self.q.slice(self.n_rows.next_multiple_of(ROWS) * dim);
+        self.q16.clear();
+        self.q16
+            .resize(self.n_rows.next_multiple_of(ROWS_Q8) * n_words * 2, 0);
+        self.q16_bias.clear();
+        self.q16_bias.resize(self.n_rows * n_blocks * 2, 0);
+        self.q16_step.resize(self.n_rows, 0.0);
+        for row in 0..self.n_rows {
+            let at = |i: usize| row / ROWS * ROWS * dim + i * ROWS + row % ROWS;
+            let largest = (0..dim).fold(0f32, |m, i| m.max(q[at(i)].abs()));
+            let inverse = if largest > 0.0 {
+                Q16_MAX / largest
+            } else {
+                0.0
+            };
+            self.q16_step[row] = largest / Q16_MAX;
+            for word in 0..n_words {
+                let (mut high, mut low) = ([0i8; 4], [0i8; 4]);
+                for byte in 0..4 {
+                    let i = word * 4 + byte;
+                    if i < dim {
+                        let x = round(q[at(i)] * inverse);
+                        high[byte] = ((x + 128) >> 8) as i8;
+                        low[byte] = (x - (i32::from(high[byte]) << 8)) as i8;
+                    }
+                }
+                let to = row / ROWS_Q8 * ROWS_Q8 * n_words * 2 + word * 2 * ROWS_Q8;
+                let lane = row % ROWS_Q8;
+                self.q16[to + lane] = i32::from_le_bytes(high.map(|b| b as u8));
+                self.q16[to + ROWS_Q8 + lane] = i32::from_le_bytes(low.map(|b| b as u8));
+                let bias = &mut self.q16_bias[(row * n_blocks + word * 4 / BLOCK) * 2..];
+                bias[0] -= 128 * high.iter().map(|&b| i32::from(b)).sum::<i32>();
+                bias[1] -= 128 * low.iter().map(|&b| i32::from(b)).sum::<i32>();
+            }
+        }
+    }
+
+    /// Finds each query's `top_k` kept cells; leaves them in `chosen`.
+    fn choose(&mut self, call: &Call<'_>, cells: &Cells<'_>, task: &Task) {
+        let visible = &cells.visible[task.queries.clone()];
+        let n_kept = visible.iter().map(|v| v.n_kept).max().unwrap_or(0) as usize;
+        let n_pages = n_kept.div_ceil(PAGE_CELLS);
+        let width = n_pages * PAGE_CELLS;
+        let free = cells.n_always + cells.top_k;
+        self.chosen.clear();
+        self.chosen.resize(visible.len() * n_pages, u64::MAX);
+        if n_kept <= free {
+            return; // none is ranked away
+        }
+        self.rank.clear();
+        self.rank.resize(visible.len() * width, 0.0);
+        for page in cells.n_always / PAGE_CELLS..n_pages {
+            let seen = first_bits(n_kept - page * PAGE_CELLS);
+            // SAFETY: the layout's head lies in the page (`check`); the kernels' set is available.
+            unsafe {
+                let keys = cells.kept[page]
+                    .as_ptr()
+                    .add(task.head_kv * call.layout.head_bytes());
+                (call.kernels.scores)(self, keys, seen);
+            }
+            let s = self.s.slice(self.n_rows * PAGE_CELLS);
+            for (row, s) in s.chunks_exact(PAGE_CELLS).enumerate() {
+                let rank = &mut self.rank[row / call.group * width + page * PAGE_CELLS..];
+                for (rank, s) in rank.iter_mut().zip(s) {
+                    *rank += s;
+                }
+            }
+        }
+        for (i, v) in visible.iter().enumerate() {
+            let n = v.n_kept as usize;
+            if n <= free {
+                continue;
+            }
+            let rank = &self.rank[i * width..][..width];
+            self.order.clear();
+            self.order.extend(cells.n_always as u32..n as u32);
+            self.order.select_nth_unstable_by(cells.top_k, |&a, &b| {
+                rank[b as usize]
+                    .total_cmp(&rank[a as usize])
+                    .then(a.cmp(&b))
+            });
+            let chosen = &mut self.chosen[i * n_pages..][..n_pages];
+            for &cell in &self.order[cells.top_k..] {
+                chosen[cell as usize / PAGE_CELLS] &= !(1 << (cell as usize % PAGE_CELLS));
+            }
+        }
+    }
+
+    /// Runs the soft-max of one partition from empty sums: kept partitions first, then raw.
+    fn partition(&mut self, call: &Call<'_>, cells: &Cells<'_>, task: &Task, part: usize) {
+        self.m.fill(f32::NEG_INFINITY);
+        self.l.slice(self.n_rows * 16).fill(0.0);
+        self.acc.slice(self.n_rows * self.dim_v).fill(0.0);
+        let kept = part < task.kept.len();
+        let first = if kept {
+            task.kept.start + part
+        } else {
+            task.raw.start + part - task.kept.len()
+        } as u64
+            * PARTITION_CELLS as u64;
+        let visible = &cells.visible[task.queries.clone()];
+        let n_kept = visible.iter().map(|v| v.n_kept).max().unwrap_or(0) as usize;
+        let n_pages = n_kept.div_ceil(PAGE_CELLS);
+        let head = task.head_kv * call.layout.head_bytes();
+        for start in (first..first + PARTITION_CELLS as u64).step_by(PAGE_CELLS) {
+            let mut any = 0;
+            for (i, v) in visible.iter().enumerate() {
+                let seen = if kept {
+                    let seen = bits_in(0, u64::from(v.n_kept), start);
+                    if seen != 0 && cells.top_k > 0 {
+                        seen & self.chosen[i * n_pages + start as usize / PAGE_CELLS]
+                    } else {
+                        seen
+                    }
+                } else {
+                    bits_in(v.raw_begin, v.raw_end, start)
+                };
+                any |= seen;
+                self.seen[i * call.group..(i + 1) * call.group].fill(seen);
+            }
+            if any == 0 {
+                continue;
+            }
+            let (pages, at) = if kept {
+                (cells.kept, start as usize / PAGE_CELLS)
+            } else {
+                let at = (start - cells.raw_base) / PAGE_CELLS as u64;
+                (cells.raw, at as usize)
+            };
+            let page = pages[at];
+            let end = page[head..][..call.layout.head_bytes()].as_ptr_range().end;
+            let next = pages.get(at + 1).map_or(page, |next| next);
+            self.ahead = Ahead {
+                end,
+                jump: next[head..].as_ptr() as isize - end as isize,
+            };
+            // SAFETY: the page has the layout's size (`check`), so the head's keys and values
+            // lie in it; the kernels' set is available.
+            unsafe {
+                let keys = page.as_ptr().add(head);
+                (call.kernels.scores)(self, keys, any);
+                (call.kernels.soft_max)(self);
+                (call.kernels.weigh)(self, keys.add(call.layout.k_bytes()), any);
+            }
+        }
+    }
+
+    /// A partition's sum of weights of one row.
+    fn weights(&mut self, row: usize) -> f32 {
+        let l = &self.l.slice(self.n_rows * 16)[row * 16..][..16];
+        let mut sums = [0f32; 4];
+        for (i, l) in l.iter().enumerate() {
+            sums[i % 4] += l;
+        }
+        (sums[0] + sums[2]) + (sums[1] + sums[3])
+    }
+
+    /// Adds the finished partition to the total.
+    fn merge(&mut self) {
+        for row in 0..self.n_rows {
+            let m = self.m[row];
+            if m == f32::NEG_INFINITY {
+                continue; // the row sees nothing of this partition
+            }
+            let l = self.weights(row);
+            let largest = self.total_m[row].max(m);
+            let old = (self.total_m[row] - largest).exp2();
+            let new = (m - largest).exp2();
+            self.total_m[row] = largest;
+            self.total_l[row] = self.total_l[row] * old + l * new;
+            let acc = &self.acc.slice(self.n_rows * self.dim_v)[row * self.dim_v..][..self.dim_v];
+            let total = &mut self.total_acc[row * self.dim_v..][..self.dim_v];
+            for (total, acc) in total.iter_mut().zip(acc) {
+                *total = *total * old + acc * new;
+            }
+        }
+    }
+
+    /// Writes the finished partition to `[row][2 + dim_v]` numbers.
+    fn save(&mut self, rows: &mut [f32]) {
+        let dim = self.dim_v;
+        for row in 0..self.n_rows {
+            let to = &mut rows[row * (2 + dim)..][..2 + dim];
+            to[0] = self.m[row];
+            to[1] = self.weights(row);
+            let acc = self.acc.slice(self.n_rows * dim);
+            to[2..].copy_from_slice(&acc[row * dim..][..dim]);
+        }
+    }
+
+    /// The inverse of [`Tile::save`].
+    fn load(&mut self, rows: &[f32]) {
+        let dim = self.dim_v;
+        for row in 0..self.n_rows {
+            let from = &rows[row * (2 + dim)..][..2 + dim];
+            self.m[row] = from[0];
+            let l = &mut self.l.slice(self.n_rows * 16)[row * 16..][..16];
+            l.fill(0.0);
+            l[0] = from[1];
+            let acc = self.acc.slice(self.n_rows * dim);
+            acc[row * dim..][..dim].copy_from_slice(&from[2..]);
+        }
+    }
+
+    /// The result of one row.
+    fn finish(&self, row: usize, out: &mut [f32]) {
+        let l = self.total_l[row];
+        let inverse = if l > 0.0 { 1.0 / l } else { 0.0 };
+        let total = &self.total_acc[row * self.dim_v..];
+        for (out, total) in out.iter_mut().zip(total) {
+            *out = total * inverse;
+        }
+    }
+
+    /// Offset of the first number of a value chunk and its width, both in numbers.
+    pub(crate) fn v_chunk(&self, chunk: usize) -> (usize, usize) {
+        let width = BLOCK.min(self.dim_v - chunk * BLOCK);
+        (chunk * BLOCK * PAGE_CELLS, width)
+    }
+}
+
+/// The nearest integer, the even one of two; for magnitudes below 2^22. Adding 1.5 * 2^23 leaves
+/// the integer in the low bits; `round_ties_even` is a library call on plain x86-64.
+fn round(x: f32) -> i32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (x + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
+}
+
+/// Bits `0..n`, all of them from 64 on.
+fn first_bits(n: usize) -> u64 {
+    if n >= PAGE_CELLS {
+        u64::MAX
+    } else {
+        (1 << n) - 1
+    }
+}
+
+/// Which of the cells `start..start + 64` lie in `begin..end`.
+fn bits_in(begin: u64, end: u64, start: u64) -> u64 {
+    if begin >= end || end <= start || begin >= start + PAGE_CELLS as u64 {
+        return 0;
+    }
+    let low = begin.saturating_sub(start) as usize;
+    let high = (end - start).min(PAGE_CELLS as u64) as usize;
+    first_bits(high) & !first_bits(low)
+}
+
+/// The runs of set bits, lowest first, as ranges of bit numbers.
+pub(crate) fn runs(mut bits: u64) -> impl Iterator<Item = Range<usize>> {
+    std::iter::from_fn(move || {
+        if bits == 0 {
+            return None;
+        }
+        let start = bits.trailing_zeros() as usize;
+        let len = (bits >> start).trailing_ones() as usize;
+        bits &= !(first_bits(start + len) & !first_bits(start));
+        Some(start..start + len)
+    })
+}
+
+/// Whether any of the 32 cells of a half is marked.
+pub(crate) fn half_seen(seen: u64, half: usize) -> bool {
+    seen >> (half * HALF_CELLS) & u64::from(u32::MAX) != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visible_bits_are_the_overlap() {
+        assert_eq!(bits_in(0, 10, 0), 0x3ff);
+        assert_eq!(bits_in(60, 70, 0), 0xf << 60);
+        assert_eq!(bits_in(60, 70, 64), 0x3f);
+        assert_eq!(bits_in(0, 1000, 64), u64::MAX);
+        assert_eq!(bits_in(5, 5, 0), 0);
+        assert_eq!(bits_in(64, 65, 0), 0);
+        assert_eq!(bits_in(0, 64, 64), 0);
+    }
+
+    #[test]
+    fn runs_cover_the_bits_in_order() {
+        for bits in [0, 1, u64::MAX, 0xf0f0, 1 << 63, !1, 0x8000_0000_0000_0001] {
+            let mut got = 0u64;
+            let mut end = None;
+            for run in runs(bits) {
+                assert!(end.is_none_or(|e| run.start > e));
+                end = Some(run.end);
+                for bit in run {
+                    got |= 1 << bit;
+                }
+            }
+            assert_eq!(got, bits);
+        }
+    }
+}

@@ -1,0 +1,575 @@
+//! `attend` page by page with 16 lanes: lanes are cells while scores are made and dimensions while
+//! values are weighed, so nothing is summed across lanes but a row's weights.
+//!
+//! F16, BF16 and F32 cells are multiplied as F32. Q8_0 cells are multiplied as bytes (VNNI), with
+//! queries, and weights of a page, as 16-bit integers in two bytes: exact sums, and an error of a
+//! query or weight of at most 2^-16 of the largest one.
+
+use crate::attend::layout::{BLOCK, HALF_CELLS, K_BLOCK_BYTES, KvType, PAGE_CELLS, V_BLOCK_BYTES};
+use crate::attend::tile::{Ahead, PageKernels, ROWS, ROWS_Q8, Tile, half_seen, runs};
+use std::arch::x86_64::*;
+
+const F32: u8 = 0;
+const F16: u8 = 1;
+const BF16: u8 = 2;
+
+/// The kernels of this instruction set.
+pub(crate) const KERNELS: PageKernels = PageKernels {
+    scores,
+    soft_max,
+    weigh,
+    integer_q: true,
+};
+
+/// Bytes from the cell in use to the one asked for. The processor's own prefetch stops at each
+/// 4 KiB boundary, and does not know the next page.
+const AHEAD: usize = 4096;
+
+impl Ahead {
+    /// Asks for the cache line `AHEAD` of `p`, on the next page if this head's cells end before.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn ask(self, p: *const u8) {
+        let p = p.wrapping_add(AHEAD);
+        let p = if p < self.end {
+            p
+        } else {
+            p.wrapping_offset(self.jump)
+        };
+        // SAFETY: a prefetch never faults and changes no value.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+}
+
+/// Calls `$f::<R, ..>` with the constant `R` equal to `$rows`.
+macro_rules! with_rows {
+    ($rows:expr, $f:ident::<$($g:tt),*> $args:tt) => {
+        match $rows {
+            1 => $f::<1, $($g),*> $args,
+            2 => $f::<2, $($g),*> $args,
+            3 => $f::<3, $($g),*> $args,
+            4 => $f::<4, $($g),*> $args,
+            5 => $f::<5, $($g),*> $args,
+            6 => $f::<6, $($g),*> $args,
+            7 => $f::<7, $($g),*> $args,
+            _ => $f::<8, $($g),*> $args,
+        }
+    };
+}
+
+/// 2^x for x <= 0, to 3e-7 relative; exactly 1 at 0, and 0 far below.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp2(x: __m512) -> __m512 {
+    let x = _mm512_max_ps(x, _mm512_set1_ps(-1000.0));
+    let whole = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+    let f = _mm512_sub_ps(x, whole);
+    // Minimax over [-1/2, 1/2] with the constant term held at 1.
+    let p = _mm512_set1_ps(0.001_326_472);
+    let p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.009_671_513));
+    let p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.055_507_336));
+    let p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240_222_42));
+    let p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(std::f32::consts::LN_2));
+    let p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0));
+    _mm512_scalef_ps(p, whole)
+}
+
+/// Sixteen numbers of type `TY`, the `i`-th to the `i + 15`-th after `p`.
+///
+/// # Safety
+/// They must be readable.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn load<const TY: u8>(p: *const u8, i: usize) -> __m512 {
+    // SAFETY: readable by the caller's promise.
+    unsafe {
+        match TY {
+            F32 => _mm512_loadu_ps(p.cast::<f32>().add(i)),
+            F16 => _mm512_cvtph_ps(_mm256_loadu_si256(p.add(2 * i).cast())),
+            _ => {
+                let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.add(2 * i).cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+            }
+        }
+    }
+}
+
+/// Converts `n` numbers, a multiple of 16, to F32.
+///
+/// # Safety
+/// `from` and `to` must hold `n` numbers.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn widen<const TY: u8>(from: *const u8, to: *mut f32, n: usize) {
+    for i in (0..n).step_by(16) {
+        // SAFETY: within the `n` numbers.
+        unsafe { _mm512_storeu_ps(to.add(i), load::<TY>(from, i)) }
+    }
+}
+
+/// See [`PageKernels::scores`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn scores(tile: &mut Tile, keys: *const u8, seen: u64) {
+    // SAFETY: `keys` are a page's of this type and dimension, by the caller's promise.
+    unsafe {
+        match tile.ty_k {
+            KvType::F32 => scores_from::<F32>(tile, keys, seen),
+            KvType::F16 => scores_from::<F16>(tile, keys, seen),
+            KvType::BF16 => scores_from::<BF16>(tile, keys, seen),
+            KvType::Q8_0 => scores_q8_0(tile, keys, seen),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn scores_from<const TY: u8>(tile: &mut Tile, keys: *const u8, seen: u64) {
+    let (dim, n_rows) = (tile.dim_k, tile.n_rows);
+    let (q, ahead) = (tile.q.ptr(), tile.ahead);
+    let s = tile.s.ptr();
+    let len = dim * HALF_CELLS;
+    let size = if TY == F32 { 4 } else { 2 };
+    for half in (0..2).filter(|&half| half_seen(seen, half)) {
+        // SAFETY: half a page holds `len` keys' numbers; `q`, `s` and `wide` are sized for the
+        // tile's rows and dimensions (`Tile::shape`, `Tile::start`).
+        unsafe {
+            let keys = keys.add(half * len * size);
+            let s = s.add(half * HALF_CELLS);
+            if TY != F32 && n_rows > ROWS {
+                let wide = tile.wide.ptr();
+                widen::<TY>(keys, wide, len);
+                for row in (0..n_rows).step_by(ROWS) {
+                    let (q, s) = (q.add(row * dim), s.add(row * PAGE_CELLS));
+                    with_rows!(
+                        n_rows - row,
+                        score_rows::<F32>(q, dim, wide.cast(), s, ahead)
+                    );
+                }
+            } else {
+                for row in (0..n_rows).step_by(ROWS) {
+                    let (q, s) = (q.add(row * dim), s.add(row * PAGE_CELLS));
+                    with_rows!(n_rows - row, score_rows::<TY>(q, dim, keys, s, ahead));
+                }
+            }
+        }
+    }
+}
+
+/// `s[r][c] = sum_i q[i][r] keys[i][c]` for `R` rows and 32 cells.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn score_rows<const R: usize, const TY: u8>(
+    q: *const f32,
+    dim: usize,
+    keys: *const u8,
+    s: *mut f32,
+    ahead: Ahead,
+) {
+    let mut sum = [[_mm512_setzero_ps(); 2]; R];
+    for i in 0..dim {
+        // SAFETY: `dim` rows of 32 keys' numbers and of `ROWS` queries.
+        unsafe {
+            if TY != F32 {
+                ahead.ask(keys.add(i * HALF_CELLS * 2));
+            }
+            let k = [
+                load::<TY>(keys, i * HALF_CELLS),
+                load::<TY>(keys, i * HALF_CELLS + 16),
+            ];
+            for r in 0..R {
+                let q = _mm512_set1_ps(*q.add(i * ROWS + r));
+                sum[r][0] = _mm512_fmadd_ps(q, k[0], sum[r][0]);
+                sum[r][1] = _mm512_fmadd_ps(q, k[1], sum[r][1]);
+            }
+        }
+    }
+    for r in 0..R {
+        // SAFETY: `s` has `R` rows of `PAGE_CELLS`, of which this half takes 32.
+        unsafe {
+            _mm512_storeu_ps(s.add(r * PAGE_CELLS), sum[r][0]);
+            _mm512_storeu_ps(s.add(r * PAGE_CELLS + 16), sum[r][1]);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn scores_q8_0(tile: &mut Tile, keys: *const u8, seen: u64) {
+    let n_blocks = tile.dim_k.div_ceil(BLOCK);
+    let n_rows = tile.n_rows;
+    let s = tile.s.ptr();
+    for half in (0..2).filter(|&half| half_seen(seen, half)) {
+        for row in (0..n_rows).step_by(ROWS_Q8) {
+            let q = &tile.q16[row * n_blocks * (BLOCK / 4) * 2..];
+            let bias = &tile.q16_bias[row * n_blocks * 2..];
+            let step = &tile.q16_step[row..];
+            let ahead = tile.ahead;
+            // SAFETY: half a page holds `n_blocks` blocks; `s` has `n_rows` rows.
+            unsafe {
+                let keys = keys.add(half * n_blocks * K_BLOCK_BYTES);
+                let s = s.add(row * PAGE_CELLS + half * HALF_CELLS);
+                match n_rows - row {
+                    1 => score_rows_q8_0::<1>(q, bias, step, n_blocks, keys, s, ahead),
+                    2 => score_rows_q8_0::<2>(q, bias, step, n_blocks, keys, s, ahead),
+                    3 => score_rows_q8_0::<3>(q, bias, step, n_blocks, keys, s, ahead),
+                    _ => score_rows_q8_0::<4>(q, bias, step, n_blocks, keys, s, ahead),
+                }
+            }
+        }
+    }
+}
+
+/// `s[r][c] = step[r] sum_b scale[b][c] sum_(i in b) q[r][i] keys[i][c]` for `R` rows, 32 cells.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn score_rows_q8_0<const R: usize>(
+    q: &[i32],
+    bias: &[i32],
+    step: &[f32],
+    n_blocks: usize,
+    keys: *const u8,
+    s: *mut f32,
+    ahead: Ahead,
+) {
+    const WORDS: usize = BLOCK / 4;
+    let mut sum = [[_mm512_setzero_ps(); 2]; R];
+    for b in 0..n_blocks {
+        // SAFETY: block `b` of `K_BLOCK_BYTES`; `q` and `bias` cover `n_blocks` blocks of 4 rows.
+        unsafe {
+            let keys = keys.add(b * K_BLOCK_BYTES);
+            let q = q.as_ptr().add(b * WORDS * 2 * ROWS_Q8);
+            let mut high = [[_mm512_setzero_si512(); 2]; R];
+            let mut low = high;
+            for r in 0..R {
+                let bias = bias.as_ptr().add((r * n_blocks + b) * 2);
+                high[r] = [_mm512_set1_epi32(*bias); 2];
+                low[r] = [_mm512_set1_epi32(*bias.add(1)); 2];
+            }
+            for word in 0..WORDS {
+                ahead.ask(keys.add(word * 128));
+                ahead.ask(keys.add(word * 128 + 64));
+                let k = [
+                    _mm512_loadu_si512(keys.add(word * 128).cast()),
+                    _mm512_loadu_si512(keys.add(word * 128 + 64).cast()),
+                ];
+                let q = q.add(word * 2 * ROWS_Q8);
+                for r in 0..R {
+                    let x = _mm512_set1_epi32(*q.add(r));
+                    high[r][0] = _mm512_dpbusd_epi32(high[r][0], k[0], x);
+                    high[r][1] = _mm512_dpbusd_epi32(high[r][1], k[1], x);
+                    let x = _mm512_set1_epi32(*q.add(ROWS_Q8 + r));
+                    low[r][0] = _mm512_dpbusd_epi32(low[r][0], k[0], x);
+                    low[r][1] = _mm512_dpbusd_epi32(low[r][1], k[1], x);
+                }
+            }
+            let scales = keys.add(WORDS * 128);
+            for half in 0..2 {
+                let scale = load::<F16>(scales, half * 16);
+                for r in 0..R {
+                    let x = _mm512_add_epi32(_mm512_slli_epi32::<8>(high[r][half]), low[r][half]);
+                    sum[r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), scale, sum[r][half]);
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        let step = _mm512_set1_ps(step[r]);
+        // SAFETY: `s` has `R` rows of `PAGE_CELLS`, of which this half takes 32.
+        unsafe {
+            _mm512_storeu_ps(s.add(r * PAGE_CELLS), _mm512_mul_ps(sum[r][0], step));
+            _mm512_storeu_ps(s.add(r * PAGE_CELLS + 16), _mm512_mul_ps(sum[r][1], step));
+        }
+    }
+}
+
+/// See [`PageKernels::soft_max`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn soft_max(tile: &mut Tile) {
+    let s = tile.s.ptr();
+    let l = tile.l.ptr();
+    for row in 0..tile.n_rows {
+        let seen = tile.seen[row];
+        // SAFETY: `s` has `PAGE_CELLS` and `l` 16 numbers for each row.
+        unsafe {
+            let s = s.add(row * PAGE_CELLS);
+            let l = l.add(row * 16);
+            if seen == 0 {
+                for i in 0..4 {
+                    _mm512_storeu_ps(s.add(i * 16), _mm512_setzero_ps());
+                }
+                tile.alpha[row] = 1.0;
+                tile.beta[row] = 0.0;
+                continue;
+            }
+            let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
+            let mask: [__mmask16; 4] = std::array::from_fn(|i| (seen >> (16 * i)) as __mmask16);
+            let mut x = [hidden; 4];
+            for i in 0..4 {
+                x[i] = _mm512_mask_loadu_ps(hidden, mask[i], s.add(i * 16));
+            }
+            let largest = _mm512_reduce_max_ps(_mm512_max_ps(
+                _mm512_max_ps(x[0], x[1]),
+                _mm512_max_ps(x[2], x[3]),
+            ));
+            let m = _mm512_set1_ps(largest);
+            for i in 0..4 {
+                x[i] = _mm512_maskz_mov_ps(mask[i], exp2(_mm512_sub_ps(x[i], m)));
+                _mm512_storeu_ps(s.add(i * 16), x[i]);
+            }
+            let old = tile.m[row];
+            let new = old.max(largest);
+            tile.m[row] = new;
+            let to = _mm512_mask_mov_ps(_mm512_set1_ps(old), 2, m);
+            let factor = exp2(_mm512_sub_ps(to, _mm512_set1_ps(new)));
+            let alpha = _mm512_cvtss_f32(factor);
+            let beta = _mm512_cvtss_f32(_mm512_permute_ps::<1>(factor));
+            tile.alpha[row] = alpha;
+            tile.beta[row] = beta;
+            let sum = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
+            let scaled = _mm512_mul_ps(_mm512_loadu_ps(l), _mm512_set1_ps(alpha));
+            _mm512_storeu_ps(l, _mm512_fmadd_ps(sum, _mm512_set1_ps(beta), scaled));
+        }
+    }
+}
+
+/// See [`PageKernels::weigh`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn weigh(tile: &mut Tile, values: *const u8, seen: u64) {
+    // SAFETY: `values` are a page's of this type and dimension, by the caller's promise.
+    unsafe {
+        match tile.ty_v {
+            KvType::F32 => weigh_from::<F32>(tile, values, seen),
+            KvType::F16 => weigh_from::<F16>(tile, values, seen),
+            KvType::BF16 => weigh_from::<BF16>(tile, values, seen),
+            KvType::Q8_0 => weigh_q8_0(tile, values, seen),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn weigh_from<const TY: u8>(tile: &mut Tile, values: *const u8, seen: u64) {
+    let (n_rows, dim) = (tile.n_rows, tile.dim_v);
+    let (s, acc, wide) = (tile.s.ptr(), tile.acc.ptr(), tile.wide.ptr());
+    let size = if TY == F32 { 4 } else { 2 };
+    for chunk in 0..dim.div_ceil(BLOCK) {
+        let (first, width) = tile.v_chunk(chunk);
+        // SAFETY: the chunk holds 64 cells of `width` numbers, `wide` has room for them, `s` and
+        // `acc` have `n_rows` rows, `alpha` and `beta` as many numbers.
+        unsafe {
+            let values = values.add(first * size);
+            let direct = TY == F32 || n_rows <= ROWS;
+            if !direct {
+                for run in runs(seen) {
+                    let at = run.start * width;
+                    let from = values.add(at * size);
+                    widen::<TY>(from, wide.add(at), run.len() * width);
+                }
+            }
+            for row in (0..n_rows).step_by(ROWS) {
+                let rows = Rows {
+                    s: s.add(row * PAGE_CELLS),
+                    acc: acc.add(row * dim + chunk * BLOCK),
+                    dim,
+                    alpha: tile.alpha.as_ptr().add(row),
+                    beta: tile.beta.as_ptr().add(row),
+                    ahead: tile.ahead,
+                };
+                let n = n_rows - row;
+                match (direct, width) {
+                    (true, 32) => with_rows!(n, weigh_rows::<2, TY>(&rows, values, seen)),
+                    (true, _) => with_rows!(n, weigh_rows::<1, TY>(&rows, values, seen)),
+                    (_, 32) => with_rows!(n, weigh_rows::<2, F32>(&rows, wide.cast(), seen)),
+                    _ => with_rows!(n, weigh_rows::<1, F32>(&rows, wide.cast(), seen)),
+                }
+            }
+        }
+    }
+}
+
+/// Up to eight rows of a tile, at one chunk of their values.
+struct Rows {
+    s: *const f32,
+    acc: *mut f32,
+    /// Numbers from a row of `acc` to the next.
+    dim: usize,
+    alpha: *const f32,
+    beta: *const f32,
+    ahead: Ahead,
+}
+
+/// `acc[r] = alpha[r] acc[r] + beta[r] sum_c s[r][c] values[c]`, `N` vectors wide.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
+    rows: &Rows,
+    values: *const u8,
+    seen: u64,
+) {
+    let mut sum = [[_mm512_setzero_ps(); N]; R];
+    for run in runs(seen) {
+        for c in run {
+            // SAFETY: 64 cells of `16 N` values, `R` rows of 64 weights.
+            unsafe {
+                if TY != F32 {
+                    rows.ahead.ask(values.add(c * N * 32));
+                }
+                let mut v = [_mm512_setzero_ps(); N];
+                for j in 0..N {
+                    v[j] = load::<TY>(values, (c * N + j) * 16);
+                }
+                for r in 0..R {
+                    let weight = _mm512_set1_ps(*rows.s.add(r * PAGE_CELLS + c));
+                    for j in 0..N {
+                        sum[r][j] = _mm512_fmadd_ps(weight, v[j], sum[r][j]);
+                    }
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        // SAFETY: `R` rows of `acc`, `alpha` and `beta`.
+        unsafe {
+            let alpha = _mm512_set1_ps(*rows.alpha.add(r));
+            let beta = _mm512_set1_ps(*rows.beta.add(r));
+            for j in 0..N {
+                let acc = rows.acc.add(r * rows.dim + j * 16);
+                let old = _mm512_mul_ps(_mm512_loadu_ps(acc), alpha);
+                _mm512_storeu_ps(acc, _mm512_fmadd_ps(beta, sum[r][j], old));
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn weigh_q8_0(tile: &mut Tile, values: *const u8, seen: u64) {
+    let (n_rows, dim) = (tile.n_rows, tile.dim_v);
+    let (s, acc) = (tile.s.ptr(), tile.acc.ptr());
+    for chunk in 0..dim / BLOCK {
+        // SAFETY: the chunk is a block of `V_BLOCK_BYTES`; `w16` has 128 bytes and the others
+        // `PAGE_CELLS`, `dim` and one number for each row.
+        unsafe {
+            let values = values.add(chunk * V_BLOCK_BYTES);
+            let scales = values.add(PAGE_CELLS * BLOCK);
+            // Rows of a query see the same cells; its scales are prepared once.
+            let mut prepared = 0;
+            let mut to_step = [_mm512_setzero_ps(); 4];
+            let mut largest = 0.0;
+            for row in 0..n_rows {
+                if tile.seen[row] != prepared {
+                    prepared = tile.seen[row];
+                    let mut scale = [_mm512_setzero_ps(); 4];
+                    for i in 0..4 {
+                        let mask = (prepared >> (16 * i)) as __mmask16;
+                        scale[i] = _mm512_maskz_mov_ps(mask, load::<F16>(scales, 16 * i));
+                    }
+                    largest = _mm512_reduce_max_ps(_mm512_max_ps(
+                        _mm512_max_ps(scale[0], scale[1]),
+                        _mm512_max_ps(scale[2], scale[3]),
+                    ));
+                    let inverse = if largest > 0.0 {
+                        65535.0 / largest
+                    } else {
+                        0.0
+                    };
+                    for i in 0..4 {
+                        to_step[i] = _mm512_mul_ps(scale[i], _mm512_set1_ps(inverse));
+                    }
+                }
+                let s = s.add(row * PAGE_CELLS);
+                let mut w = [_mm512_setzero_si512(); 4];
+                for i in 0..4 {
+                    let weight = _mm512_mul_ps(_mm512_loadu_ps(s.add(16 * i)), to_step[i]);
+                    w[i] = _mm512_cvtps_epi32(weight);
+                }
+                let a = _mm512_packus_epi32(w[0], w[1]);
+                let b = _mm512_packus_epi32(w[2], w[3]);
+                let byte = _mm512_set1_epi16(0xff);
+                let low = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+                let high =
+                    _mm512_packus_epi16(_mm512_srli_epi16::<8>(a), _mm512_srli_epi16::<8>(b));
+                let to = tile.w16.as_mut_ptr().add(row * 2 * PAGE_CELLS);
+                _mm512_storeu_si512(to.cast(), high);
+                _mm512_storeu_si512(to.add(PAGE_CELLS).cast(), low);
+                tile.wide.ptr().add(row).write(largest / 65535.0);
+            }
+            for row in (0..n_rows).step_by(ROWS_Q8) {
+                let rows = RowsQ8 {
+                    w: tile.w16.as_ptr().add(row * 2 * PAGE_CELLS),
+                    step: tile.wide.ptr().add(row),
+                    acc: acc.add(row * dim + chunk * BLOCK),
+                    dim,
+                    alpha: tile.alpha.as_ptr().add(row),
+                    beta: tile.beta.as_ptr().add(row),
+                    ahead: tile.ahead,
+                };
+                match n_rows - row {
+                    1 => weigh_rows_q8_0::<1>(&rows, values, seen),
+                    2 => weigh_rows_q8_0::<2>(&rows, values, seen),
+                    3 => weigh_rows_q8_0::<3>(&rows, values, seen),
+                    _ => weigh_rows_q8_0::<4>(&rows, values, seen),
+                }
+            }
+        }
+    }
+}
+
+/// Up to four rows of a tile with integer weights, at one block of their values.
+struct RowsQ8 {
+    /// High bytes of 64 cells, then low bytes; groups of four cells in the order of
+    /// [`group_at`].
+    w: *const u8,
+    /// What an integer product is worth.
+    step: *const f32,
+    acc: *mut f32,
+    dim: usize,
+    alpha: *const f32,
+    beta: *const f32,
+    ahead: Ahead,
+}
+
+/// Where four neighbouring cells' weights end up when 32-bit lanes are packed to bytes within
+/// 128-bit lanes: a 4 x 4 transposition of the 16 groups.
+const fn group_at(group: usize) -> usize {
+    group % 4 * 4 + group / 4
+}
+
+/// [`weigh_rows`] with integer weights, 32 dimensions wide.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen: u64) {
+    let mut high = [[_mm512_setzero_si512(); 2]; R];
+    let mut low = high;
+    for group in 0..PAGE_CELLS / 4 {
+        if seen >> (4 * group) & 0xf == 0 {
+            continue;
+        }
+        // SAFETY: 16 groups of 4 cells x 32 dimensions, `R` rows of 2 x 64 weights.
+        unsafe {
+            rows.ahead.ask(values.add(group * 128));
+            rows.ahead.ask(values.add(group * 128 + 64));
+            let v = [
+                _mm512_loadu_si512(values.add(group * 128).cast()),
+                _mm512_loadu_si512(values.add(group * 128 + 64).cast()),
+            ];
+            for r in 0..R {
+                let w = rows
+                    .w
+                    .add(r * 2 * PAGE_CELLS)
+                    .cast::<i32>()
+                    .add(group_at(group));
+                let x = _mm512_set1_epi32(w.read_unaligned());
+                high[r][0] = _mm512_dpbusd_epi32(high[r][0], x, v[0]);
+                high[r][1] = _mm512_dpbusd_epi32(high[r][1], x, v[1]);
+                let x = _mm512_set1_epi32(w.add(PAGE_CELLS / 4).read_unaligned());
+                low[r][0] = _mm512_dpbusd_epi32(low[r][0], x, v[0]);
+                low[r][1] = _mm512_dpbusd_epi32(low[r][1], x, v[1]);
+            }
+        }
+    }
+    for r in 0..R {
+        // SAFETY: `R` rows of `acc`, `step`, `alpha` and `beta`.
+        unsafe {
+            let alpha = _mm512_set1_ps(*rows.alpha.add(r));
+            let beta = _mm512_set1_ps(*rows.beta.add(r) * *rows.step.add(r));
+            for j in 0..2 {
+                let x = _mm512_add_epi32(_mm512_slli_epi32::<8>(high[r][j]), low[r][j]);
+                let acc = rows.acc.add(r * rows.dim + j * 16);
+                let old = _mm512_mul_ps(_mm512_loadu_ps(acc), alpha);
+                _mm512_storeu_ps(acc, _mm512_fmadd_ps(beta, _mm512_cvtepi32_ps(x), old));
+            }
+        }
+    }
+}

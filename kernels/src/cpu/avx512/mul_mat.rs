@@ -1,0 +1,604 @@
+//! `mul_mat` with VNNI dot products: a panel's 16 rows in the lanes of one vector.
+//!
+//! The vector form (a few tokens) unpacks weights in registers, reading each once. The tile form
+//! unpacks 256 columns into the first-level cache and runs all tokens over them. Both end a
+//! block with the same operations (`end32`, `end256`) in the same order, so a token's result
+//! does not depend on the form; inside a block sums are integers and exact.
+
+use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
+use crate::mul_mat::activations::{self, GROUP, Group, Parts, Place, Quants};
+use crate::mul_mat::layout::{
+    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR,
+};
+use crate::quant::WeightType;
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+/// Most tokens for which unpacking in registers, four tokens at a time, beats the tile form.
+const VECTOR_TOKENS: usize = 4;
+/// Tokens of a register tile.
+const TILE: usize = 8;
+/// How far ahead of the vector form weights are fetched, in bytes.
+const AHEAD: usize = 4096;
+
+/// [`activations::quantize_row`] with this instruction set.
+///
+/// # Safety
+/// The instruction set is available; as the function itself.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) unsafe fn quantize_row(x: &[f32], at: &Place, parts: &Parts<'_>) {
+    // SAFETY: passed on.
+    unsafe { activations::quantize_row(x, at, parts) }
+}
+
+/// One panel times the unit's tokens.
+///
+/// # Safety
+/// The instruction set is available; `p` describes live memory (see [`Panel`]).
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
+    // SAFETY: passed on; the tokens' kind is the type's (`Panel`).
+    unsafe {
+        match p.x {
+            Tokens::F32(x) => super::mul_mat_float::panel(p, x),
+            Tokens::Quants(x) if p.tokens.len() <= VECTOR_TOKENS => vector(p, x),
+            Tokens::Quants(x) => tile(p, x, scratch),
+        }
+    }
+}
+
+/// Which bytes [`dot32`] finds: file-order words or unpacked ones.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Words {
+    Q8_0,
+    Q4_0,
+    /// Unsigned bytes with zero at 128.
+    Unpacked,
+}
+const Q8_0: u8 = Words::Q8_0 as u8;
+const Q4_0: u8 = Words::Q4_0 as u8;
+const UNPACKED: u8 = Words::Unpacked as u8;
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn vector(p: &Panel<'_>, x: &Quants) {
+    let mut t = p.tokens.start;
+    while t < p.tokens.end {
+        let in_group = t % GROUP;
+        let n = (p.tokens.end - t).min(GROUP - in_group).min(VECTOR_TOKENS);
+        // SAFETY: `t` and the `n - 1` tokens after it are in this group.
+        unsafe {
+            let x = x.group(t / GROUP).from_token(in_group);
+            match n {
+                1 => vector_n::<1>(p, x, t),
+                2 => vector_n::<2>(p, x, t),
+                3 => vector_n::<3>(p, x, t),
+                _ => vector_n::<4>(p, x, t),
+            }
+        }
+        t += n;
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn vector_n<const T: usize>(p: &Panel<'_>, x: Group, t: usize) {
+    let mut acc = [_mm512_setzero_ps(); T];
+    let blocks = 0..p.n_cols / p.ty.block_len();
+    // SAFETY: the panel has these blocks, the group these tokens.
+    unsafe {
+        match p.ty {
+            WeightType::Q8_0 => dot32::<T, Q8_0, true>(p.bytes, p.scales(), blocks, x, &mut acc),
+            WeightType::Q4_0 => dot32::<T, Q4_0, true>(p.bytes, p.scales(), blocks, x, &mut acc),
+            WeightType::Q4_K => vector_q4_k(p.bytes, blocks, x, &mut acc),
+            _ => vector_q6_k(p.bytes, p.scales(), blocks, x, &mut acc),
+        }
+        for (i, acc) in acc.into_iter().enumerate() {
+            store(p, t + i, acc);
+        }
+    }
+}
+
+/// Writes the panel's rows of token `t`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::cpu) unsafe fn store(p: &Panel<'_>, t: usize, acc: __m512) {
+    let mask = (0xFFFFu32 >> (ROWS - p.rows)) as u16;
+    // SAFETY: the mask keeps the panel's own rows of this token.
+    unsafe { _mm512_mask_storeu_ps(p.out.add(t * p.stride), mask, acc) }
+}
+
+/// Vector `i` of the words at `bytes`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::cpu) unsafe fn load(bytes: *const u8, i: usize) -> __m512i {
+    // SAFETY: the caller has that many vectors.
+    unsafe { _mm512_loadu_si512(bytes.add(i * VECTOR).cast()) }
+}
+
+/// Four neighbouring activations in every lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn four(q: *const i8) -> __m512i {
+    // SAFETY: the caller has these four bytes.
+    unsafe { _mm512_set1_epi32(q.cast::<i32>().read_unaligned()) }
+}
+
+/// The `i`-th run of 16 F16 numbers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::cpu) unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
+    // SAFETY: the caller has that many.
+    unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes.add(2 * ROWS * i).cast())) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn fetch(bytes: *const u8, n: usize) {
+    for i in 0..n {
+        _mm_prefetch::<_MM_HINT_T0>(bytes.wrapping_add(AHEAD + i * VECTOR).cast());
+    }
+}
+
+/// Adds a block of 32: `sum * (weights' scale * activations' scale)`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::cpu) fn end(acc: __m512, sum: __m512i, d: __m512, dx: __m512) -> __m512 {
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(d, dx), acc)
+}
+
+/// Takes a block's minima away: `sum * (weights' dmin * activations' scale)`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::cpu) fn end_min(acc: __m512, sum: __m512i, dmin: __m512, dx: __m512) -> __m512 {
+    _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(dmin, dx), acc)
+}
+
+/// Accumulates `blocks` of 32 columns for `T` tokens.
+///
+/// # Safety
+/// `words` and `scales` hold these blocks, `x` these tokens and blocks.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn dot32<const T: usize, const W: u8, const FETCH: bool>(
+    words: *const u8,
+    scales: *const u8,
+    blocks: Range<usize>,
+    x: Group,
+    acc: &mut [__m512; T],
+) {
+    let low = _mm512_set1_epi8(15);
+    let zero = _mm512_set1_epi8(-128);
+    // SAFETY: in bounds by the caller's promise.
+    unsafe {
+        for b in blocks {
+            let mut w = [_mm512_setzero_si512(); 8];
+            if W == Q4_0 {
+                let words = words.wrapping_add(b * 4 * VECTOR);
+                if FETCH {
+                    fetch(words, 4);
+                }
+                for j in 0..4 {
+                    let v = load(words, j);
+                    w[j] = _mm512_and_si512(v, low);
+                    w[j + 4] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+                }
+            } else {
+                let words = words.wrapping_add(b * 8 * VECTOR);
+                if FETCH {
+                    fetch(words, 8);
+                }
+                for j in 0..8 {
+                    w[j] = load(words, j);
+                    if W == Q8_0 {
+                        w[j] = _mm512_xor_si512(w[j], zero);
+                    }
+                }
+            }
+            let d = halves(scales, b);
+            let start = if W == Q4_0 { x.neg8 } else { x.neg128 };
+            let q = x.q.add(b / 2 * x.width * 64 + b % 2 * 32);
+            for t in 0..T {
+                let mut sum = _mm512_set1_epi32(*start.add(b * x.width + t));
+                for j in 0..8 {
+                    sum = _mm512_dpbusd_epi32(sum, w[j], four(q.add(64 * t + 4 * j)));
+                }
+                let dx = _mm512_set1_ps(*x.d.add(b * x.width + t));
+                acc[t] = end(acc[t], sum, d, dx);
+            }
+        }
+    }
+}
+
+/// The two words of 6-bit numbers (sub-blocks 0..4 and 4..8) of Q4_K's scales and minima.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn q4_k_scales(block: *const u8) -> ([__m512i; 2], [__m512i; 2]) {
+    // SAFETY: a whole block by the caller's promise.
+    let [s, m, top] = unsafe {
+        let words = block.add(Q4_K_SCALES);
+        [load(words, 0), load(words, 1), load(words, 2)]
+    };
+    let six = _mm512_set1_epi8(63);
+    let four = _mm512_set1_epi8(15);
+    let two = _mm512_set1_epi8(0x30);
+    let and = |a, b| _mm512_and_si512(a, b);
+    let join = |low, v| _mm512_or_si512(low, and(_mm512_srli_epi32(v, 2), two));
+    (
+        [and(s, six), join(and(top, four), s)],
+        [and(m, six), join(and(_mm512_srli_epi32(top, 4), four), m)],
+    )
+}
+
+/// Bytes 2i and 2i + 1 of every lane as a pair of 16-bit numbers, for i = 0 and 1.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn byte_pairs(v: __m512i) -> [__m512i; 2] {
+    let even = _mm512_set1_epi32(0x00FF_00FF);
+    // Lane bytes (a, b, c, d): (a, c) and (b, d) as 16-bit numbers, then regrouped.
+    let ac = _mm512_and_si512(v, even);
+    let bd = _mm512_and_si512(_mm512_srli_epi16(v, 8), even);
+    let first = _mm512_set1_epi32(0xFFFF);
+    [
+        _mm512_or_si512(_mm512_and_si512(ac, first), _mm512_slli_epi32(bd, 16)),
+        _mm512_or_si512(_mm512_srli_epi32(ac, 16), _mm512_andnot_si512(first, bd)),
+    ]
+}
+
+/// Sum of minima times activations over a block of 256: `mins` are pairs of sub-blocks.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+pub(in crate::cpu) unsafe fn min_sum(mins: &[__m512i; 4], sums: *const i16) -> __m512i {
+    let mut sum = _mm512_setzero_si512();
+    for (i, &min) in mins.iter().enumerate() {
+        // SAFETY: eight sums per block by the caller's promise.
+        sum = _mm512_dpwssd_epi32(sum, min, unsafe { four(sums.add(2 * i).cast()) });
+    }
+    sum
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn vector_q4_k<const T: usize>(
+    bytes: *const u8,
+    blocks: Range<usize>,
+    x: Group,
+    acc: &mut [__m512; T],
+) {
+    let low = _mm512_set1_epi8(15);
+    let byte = _mm512_set1_epi32(255);
+    for b in blocks {
+        // SAFETY: in bounds by the caller's promise.
+        unsafe {
+            let block = bytes.add(b * Q4_K_BLOCK);
+            let (scales, mins) = q4_k_scales(block);
+            fetch(block.wrapping_add(Q4_K_SCALES), 4);
+            let mut total = [_mm512_setzero_si512(); T];
+            for pair in 0..4 {
+                let words = block.add(8 * pair * VECTOR);
+                fetch(words, 8);
+                let v: [__m512i; 8] = std::array::from_fn(|j| load(words, j));
+                let scales = scales[pair / 2];
+                for half in 0..2 {
+                    let w = v.map(|v| {
+                        let v = if half == 0 {
+                            v
+                        } else {
+                            _mm512_srli_epi16(v, 4)
+                        };
+                        _mm512_and_si512(v, low)
+                    });
+                    let shift = _mm_cvtsi32_si128((pair % 2 * 16 + half * 8) as i32);
+                    let scale = _mm512_and_si512(_mm512_srl_epi32(scales, shift), byte);
+                    let q = x.q.add((4 * b + pair) * x.width * 64 + 32 * half);
+                    for t in 0..T {
+                        let mut sum = _mm512_setzero_si512();
+                        for j in 0..8 {
+                            sum = _mm512_dpbusd_epi32(sum, w[j], four(q.add(64 * t + 4 * j)));
+                        }
+                        let sum = _mm512_mullo_epi32(sum, scale);
+                        total[t] = _mm512_add_epi32(total[t], sum);
+                    }
+                }
+            }
+            let d = halves(block.add(Q4_K_D), 0);
+            let dmin = halves(block.add(Q4_K_D), 1);
+            let ([m0, m1], [m2, m3]) = (byte_pairs(mins[0]), byte_pairs(mins[1]));
+            for t in 0..T {
+                let at = b * x.width + t;
+                let dx = _mm512_set1_ps(*x.d.add(at));
+                acc[t] = end(acc[t], total[t], d, dx);
+                let min = min_sum(&[m0, m1, m2, m3], x.sum32.add(8 * at));
+                acc[t] = end_min(acc[t], min, dmin, dx);
+            }
+        }
+    }
+}
+
+/// Four vectors of Q6_K quants, run `run` of 32 columns, from their low and high bits.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn q6_k_quants(low: [__m512i; 4], high: [__m512i; 4], run: usize) -> [__m512i; 4] {
+    let four = _mm512_set1_epi8(15);
+    let two = _mm512_set1_epi8(0x30);
+    std::array::from_fn(|j| {
+        let (l, h) = (low[j], high[j]);
+        let l = if run < 2 { l } else { _mm512_srli_epi16(l, 4) };
+        let h = match run {
+            0 => _mm512_slli_epi16(h, 4),
+            1 => _mm512_slli_epi16(h, 2),
+            2 => h,
+            _ => _mm512_srli_epi16(h, 2),
+        };
+        // (l & 15) | (h & 0x30)
+        _mm512_or_si512(_mm512_and_si512(l, four), _mm512_and_si512(h, two))
+    })
+}
+
+/// Byte `i` of every lane of the scales' word, sign-extended.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn q6_k_scale(word: __m512i, i: usize) -> __m512i {
+    let up = _mm_cvtsi32_si128(24 - 8 * i as i32);
+    _mm512_srai_epi32(_mm512_sll_epi32(word, up), 24)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn vector_q6_k<const T: usize>(
+    bytes: *const u8,
+    scales: *const u8,
+    blocks: Range<usize>,
+    x: Group,
+    acc: &mut [__m512; T],
+) {
+    for b in blocks {
+        // SAFETY: in bounds by the caller's promise.
+        unsafe {
+            let block = bytes.add(b * Q6_K_BLOCK);
+            fetch(block.wrapping_add(Q6_K_SCALES), 4);
+            let mut total = [_mm512_setzero_si512(); T];
+            for half in 0..2 {
+                for sub in 0..2 {
+                    let low = block.add((16 * half + 4 * sub) * VECTOR);
+                    let high = block.add(Q6_K_HIGH + (8 * half + 4 * sub) * VECTOR);
+                    fetch(low, 4);
+                    fetch(low.wrapping_add(8 * VECTOR), 4);
+                    fetch(high, 4);
+                    let low0 = std::array::from_fn(|j| load(low, j));
+                    let low1 = std::array::from_fn(|j| load(low, 8 + j));
+                    let high = std::array::from_fn(|j| load(high, j));
+                    for run in 0..4 {
+                        let low = if run % 2 == 0 { low0 } else { low1 };
+                        let w = q6_k_quants(low, high, run);
+                        let s = 8 * half + 2 * run + sub;
+                        let word = load(block.add(Q6_K_SCALES), s / 4);
+                        let scale = q6_k_scale(word, s % 4);
+                        let q = x.q.add((4 * b + s / 4) * x.width * 64 + s % 4 * 16);
+                        for t in 0..T {
+                            let start = *x.neg32.add(16 * (b * x.width + t) + s);
+                            let mut sum = _mm512_set1_epi32(start);
+                            for j in 0..4 {
+                                sum = _mm512_dpbusd_epi32(sum, w[j], four(q.add(64 * t + 4 * j)));
+                            }
+                            let sum = _mm512_mullo_epi32(sum, scale);
+                            total[t] = _mm512_add_epi32(total[t], sum);
+                        }
+                    }
+                }
+            }
+            let d = halves(scales, b);
+            for t in 0..T {
+                let dx = _mm512_set1_ps(*x.d.add(b * x.width + t));
+                acc[t] = end(acc[t], total[t], d, dx);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
+    let n = p.tokens.len();
+    // SAFETY: Unpacked is plain numbers.
+    let (acc, unpacked) = unsafe { scratch.parts::<Unpacked>(n) };
+    acc.fill([0.0; ROWS]);
+    let block_len = p.ty.block_len();
+    let per_chunk = 256 / block_len;
+    let n_blocks = p.n_cols / block_len;
+    let mut b = 0;
+    // SAFETY: blocks and tokens stay within the panel and its groups.
+    unsafe {
+        while b < n_blocks {
+            let blocks = b..(b + per_chunk).min(n_blocks);
+            match p.ty {
+                WeightType::Q8_0 => {}
+                WeightType::Q4_0 => unpack_q4_0(p.bytes, blocks.clone(), unpacked),
+                WeightType::Q4_K => unpack_q4_k(p.bytes.add(b * Q4_K_BLOCK), unpacked),
+                _ => unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked),
+            }
+            let mut t = p.tokens.start;
+            while t < p.tokens.end {
+                let in_group = t % GROUP;
+                let left = (p.tokens.end - t).min(GROUP - in_group);
+                let x = x.group(t / GROUP).from_token(in_group);
+                let acc = &mut acc[t - p.tokens.start..];
+                t += match left {
+                    TILE.. => tile_n::<TILE>(p, blocks.clone(), x, unpacked, acc),
+                    4.. => tile_n::<4>(p, blocks.clone(), x, unpacked, acc),
+                    2.. => tile_n::<2>(p, blocks.clone(), x, unpacked, acc),
+                    _ => tile_n::<1>(p, blocks.clone(), x, unpacked, acc),
+                };
+            }
+            b = blocks.end;
+        }
+        for (i, acc) in acc.iter().enumerate() {
+            store(p, p.tokens.start + i, _mm512_loadu_ps(acc.as_ptr()));
+        }
+    }
+}
+
+/// Adds one chunk's blocks for `T` tokens to `acc`; returns `T`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn tile_n<const T: usize>(
+    p: &Panel<'_>,
+    blocks: Range<usize>,
+    x: Group,
+    unpacked: &Unpacked,
+    acc: &mut [[f32; ROWS]],
+) -> usize {
+    // SAFETY: as `tile`.
+    unsafe {
+        let mut a: [__m512; T] = std::array::from_fn(|t| _mm512_loadu_ps(acc[t].as_ptr()));
+        let scales = p.scales();
+        match p.ty {
+            WeightType::Q8_0 => dot32::<T, Q8_0, false>(p.bytes, scales, blocks, x, &mut a),
+            WeightType::Q4_0 => {
+                // `dot32` counts blocks from the panel's start.
+                let words = unpacked.words.as_ptr().cast::<u8>();
+                let words = words.wrapping_sub(blocks.start * 8 * VECTOR);
+                dot32::<T, UNPACKED, false>(words, scales, blocks, x, &mut a);
+            }
+            WeightType::Q4_K => dot256::<T, true>(unpacked, blocks.start, x, &mut a),
+            _ => dot256::<T, false>(unpacked, blocks.start, x, &mut a),
+        }
+        for (acc, a) in acc.iter_mut().zip(a) {
+            _mm512_storeu_ps(acc.as_mut_ptr(), a);
+        }
+    }
+    T
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(in crate::cpu) unsafe fn put(to: &mut [u8; VECTOR], v: __m512i) {
+    // SAFETY: 64 bytes.
+    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn unpack_q4_0(bytes: *const u8, blocks: Range<usize>, to: &mut Unpacked) {
+    let low = _mm512_set1_epi8(15);
+    // From zero at 8 to zero at 128.
+    let up = _mm512_set1_epi8(120);
+    for (i, b) in blocks.enumerate() {
+        for j in 0..4 {
+            // SAFETY: the panel has these blocks.
+            unsafe {
+                let v = load(bytes.add(b * 4 * VECTOR), j);
+                let high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+                let w = _mm512_and_si512(v, low);
+                put(&mut to.words[8 * i + j], _mm512_add_epi8(w, up));
+                put(&mut to.words[8 * i + j + 4], _mm512_add_epi8(high, up));
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+pub(in crate::cpu) unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
+    let low = _mm512_set1_epi8(15);
+    let byte = _mm512_set1_epi32(255);
+    // SAFETY: a whole block by the caller's promise; every store is to a whole array.
+    unsafe {
+        for i in 0..32 {
+            let v = load(block, i);
+            let at = i / 8 * 16 + i % 8;
+            put(&mut to.words[at], _mm512_and_si512(v, low));
+            let high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+            put(&mut to.words[at + 8], high);
+        }
+        let (scales, mins) = q4_k_scales(block);
+        for s in 0..8 {
+            let shift = _mm_cvtsi32_si128((s % 4 * 8) as i32);
+            let scale = _mm512_and_si512(_mm512_srl_epi32(scales[s / 4], shift), byte);
+            _mm512_storeu_si512(to.scales[s].as_mut_ptr().cast(), scale);
+        }
+        for i in 0..4 {
+            let pair = byte_pairs(mins[i / 2])[i % 2];
+            _mm512_storeu_si512(to.mins[i].as_mut_ptr().cast(), pair);
+        }
+        _mm512_storeu_ps(to.d.as_mut_ptr(), halves(block.add(Q4_K_D), 0));
+        _mm512_storeu_ps(to.dmin.as_mut_ptr(), halves(block.add(Q4_K_D), 1));
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+pub(in crate::cpu) unsafe fn unpack_q6_k(
+    block: *const u8,
+    scales: *const u8,
+    b: usize,
+    to: &mut Unpacked,
+) {
+    // SAFETY: a whole block by the caller's promise; every store is to a whole array.
+    unsafe {
+        for half in 0..2 {
+            for sub in 0..2 {
+                let low = block.add((16 * half + 4 * sub) * VECTOR);
+                let high = block.add(Q6_K_HIGH + (8 * half + 4 * sub) * VECTOR);
+                let low0 = std::array::from_fn(|j| load(low, j));
+                let low1 = std::array::from_fn(|j| load(low, 8 + j));
+                let high = std::array::from_fn(|j| load(high, j));
+                for run in 0..4 {
+                    let low = if run % 2 == 0 { low0 } else { low1 };
+                    for (j, w) in q6_k_quants(low, high, run).into_iter().enumerate() {
+                        put(&mut to.words[32 * half + 8 * run + 4 * sub + j], w);
+                    }
+                }
+            }
+        }
+        for s in 0..16 {
+            let scale = q6_k_scale(load(block.add(Q6_K_SCALES), s / 4), s % 4);
+            _mm512_storeu_si512(to.scales[s].as_mut_ptr().cast(), scale);
+        }
+        _mm512_storeu_ps(to.d.as_mut_ptr(), halves(scales, b));
+    }
+}
+
+/// Adds unpacked block `b` of 256 columns for `T` tokens: Q4_K with its minima, or Q6_K.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn dot256<const T: usize, const Q4_K: bool>(
+    w: &Unpacked,
+    b: usize,
+    x: Group,
+    acc: &mut [__m512; T],
+) {
+    let words_per_sub = if Q4_K { 8 } else { 4 };
+    // SAFETY: the group has these tokens and this block.
+    unsafe {
+        let mut total = [_mm512_setzero_si512(); T];
+        for s in 0..64 / words_per_sub {
+            let first = s * words_per_sub;
+            let mut v = [_mm512_setzero_si512(); 8];
+            for j in 0..words_per_sub {
+                v[j] = load(w.words[first + j].as_ptr(), 0);
+            }
+            let scale = load(w.scales[s].as_ptr().cast(), 0);
+            let q =
+                x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
+            for t in 0..T {
+                let mut sum = if Q4_K {
+                    _mm512_setzero_si512()
+                } else {
+                    _mm512_set1_epi32(*x.neg32.add(16 * (b * x.width + t) + s))
+                };
+                for j in 0..words_per_sub {
+                    sum = _mm512_dpbusd_epi32(sum, v[j], four(q.add(64 * t + 4 * j)));
+                }
+                total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(sum, scale));
+            }
+        }
+        let d = _mm512_loadu_ps(w.d.as_ptr());
+        let dmin = _mm512_loadu_ps(w.dmin.as_ptr());
+        for t in 0..T {
+            let at = b * x.width + t;
+            let dx = _mm512_set1_ps(*x.d.add(at));
+            acc[t] = end(acc[t], total[t], d, dx);
+            if Q4_K {
+                let mins = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
+                acc[t] = end_min(acc[t], min_sum(&mins, x.sum32.add(8 * at)), dmin, dx);
+            }
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! Activations as the integer kernels read them: signed bytes with one F32 scale per block.
+//!
+//! Tokens come in *groups* of 16 (the last may be smaller). Inside a group the bytes are
+//! `[n_cols / 64][width][64]`, columns padded with zeros to a multiple of 64: the 16 x 64 bytes of
+//! one AMX tile are contiguous, and no power-of-two stride sends tokens to the same cache sets.
+//! Scales and sums are `[n_blocks][width]`.
+//!
+//! A block of 32 (for Q8_0, Q4_0) or 256 (for Q4_K, Q6_K) numbers `x` becomes
+//! `q = round(x * 127 / max|x|)`, ties to even, and `d = max|x| / 127`. A block with an infinity
+//! or a NaN gets `d = NaN`; one whose maximum is below 1e-36 is zero.
+
+use super::buffer::Buffer;
+use crate::pool::Pool;
+use crate::split::SplitMut;
+
+/// Tokens of a group: rows of an AMX tile.
+pub(crate) const GROUP: usize = 16;
+
+/// Smaller maxima count as zero: their reciprocal would overflow.
+const TINY: f32 = 1e-36;
+
+/// Quantised activations with blocks of 32 or 256 numbers. See the module's text.
+pub(crate) struct Quants {
+    block_len: usize,
+    n_tokens: usize,
+    n_blocks: usize,
+    /// Bytes of one token: columns rounded up to 64.
+    row: usize,
+    q: Buffer,
+    d: Vec<f32>,
+    /// Blocks of 32: `-8 * sum(q)` and `-128 * sum(q)`, where a dot product with quants whose
+    /// zero is at 8 or 128 begins.
+    neg8: Vec<i32>,
+    neg128: Vec<i32>,
+    /// Blocks of 256: `-32 * sum(q)` of each 16, `[n_blocks][width][16]`.
+    neg32: Vec<i32>,
+    /// Blocks of 256: `sum(q)` of each 32, `[n_blocks][width][8]`.
+    sum32: Vec<i16>,
+}
+
+/// One group's data from one token on. Pointers step by `width` tokens per block (of 64 bytes
+/// per token and 64 columns for `q`).
+#[derive(Clone, Copy)]
+pub(crate) struct Group {
+    pub(crate) width: usize,
+    pub(crate) q: *const i8,
+    pub(crate) d: *const f32,
+    pub(crate) neg8: *const i32,
+    pub(crate) neg128: *const i32,
+    pub(crate) neg32: *const i32,
+    pub(crate) sum32: *const i16,
+}
+
+impl Quants {
+    /// Nothing yet; reused from call to call for its memory.
+    pub(crate) fn new(block_len: usize) -> Quants {
+        Quants {
+            block_len,
+            n_tokens: 0,
+            n_blocks: 0,
+            row: 0,
+            q: Buffer::zeroed(0),
+            d: Vec::new(),
+            neg8: Vec::new(),
+            neg128: Vec::new(),
+            neg32: Vec::new(),
+            sum32: Vec::new(),
+        }
+    }
+
+    pub(crate) fn block_len(&self) -> usize {
+        self.block_len
+    }
+
+    /// Quantises `x`, `[n_tokens, n_cols]`, with `row` one of this module's functions compiled
+    /// for the instruction set in use.
+    pub(crate) fn fill(&mut self, pool: &Pool, x: &[f32], n_tokens: usize, row: QuantizeRow) {
+        let n_cols = x.len() / n_tokens;
+        self.n_tokens = n_tokens;
+        self.n_blocks = n_cols / self.block_len;
+        self.row = n_cols.next_multiple_of(64);
+        // AMX reads whole tiles: a group narrower than 16 reads past its end, by less than one.
+        self.q.reserve(n_tokens * self.row + GROUP * 64);
+        let n = n_tokens * self.n_blocks;
+        self.d.resize(n, 0.0);
+        if self.block_len == 32 {
+            self.neg8.resize(n, 0);
+            self.neg128.resize(n, 0);
+        } else {
+            self.neg32.resize(n * 16, 0);
+            self.sum32.resize(n * 8, 0);
+        }
+        let parts = Parts {
+            q: SplitMut::new(&mut self.q),
+            d: SplitMut::new(&mut self.d),
+            neg8: SplitMut::new(&mut self.neg8),
+            neg128: SplitMut::new(&mut self.neg128),
+            neg32: SplitMut::new(&mut self.neg32),
+            sum32: SplitMut::new(&mut self.sum32),
+        };
+        let (row_bytes, n_blocks, block_len) = (self.row, self.n_blocks, self.block_len);
+        let grain = (16 * 1024 / n_cols.max(1)).max(1);
+        pool.for_each(n_tokens, grain, |tokens| {
+            for t in tokens {
+                let first = t / GROUP * GROUP;
+                let at = Place {
+                    block_len,
+                    width: GROUP.min(n_tokens - first),
+                    token: t - first,
+                    first_byte: first * row_bytes,
+                    first_block: first * n_blocks,
+                };
+                // SAFETY: the instruction set of `row` is available (checked when packing), and
+                // each token is claimed once.
+                unsafe { row(&x[t * n_cols..(t + 1) * n_cols], &at, &parts) }
+            }
+        });
+    }
+
+    /// Group `g`, from its first token.
+    pub(crate) fn group(&self, g: usize) -> Group {
+        let first = g * GROUP;
+        assert!(first < self.n_tokens);
+        let block = first * self.n_blocks;
+        let of32 = if self.block_len == 32 { block } else { 0 };
+        let of256 = if self.block_len == 32 { 0 } else { block };
+        Group {
+            width: GROUP.min(self.n_tokens - first),
+            q: self.q[first * self.row..].as_ptr().cast(),
+            d: self.d[block..].as_ptr(),
+            neg8: self.neg8[of32..].as_ptr(),
+            neg128: self.neg128[of32..].as_ptr(),
+            neg32: self.neg32[16 * of256..].as_ptr(),
+            sum32: self.sum32[8 * of256..].as_ptr(),
+        }
+    }
+}
+
+impl Group {
+    /// The same group seen from `t` tokens on.
+    ///
+    /// # Safety
+    /// `t` is below `width`.
+    #[inline(always)]
+    pub(crate) unsafe fn from_token(&self, t: usize) -> Group {
+        // SAFETY: each array holds `width` tokens per block; the arrays of the other block
+        // length are empty and their pointers only moved, never read.
+        unsafe {
+            Group {
+                width: self.width,
+                q: self.q.add(64 * t),
+                d: self.d.add(t),
+                neg8: self.neg8.wrapping_add(t),
+                neg128: self.neg128.wrapping_add(t),
+                neg32: self.neg32.wrapping_add(16 * t),
+                sum32: self.sum32.wrapping_add(8 * t),
+            }
+        }
+    }
+}
+
+/// What [`Quants::fill`] writes, shared between threads.
+pub(crate) struct Parts<'a> {
+    q: SplitMut<'a, u8>,
+    d: SplitMut<'a, f32>,
+    neg8: SplitMut<'a, i32>,
+    neg128: SplitMut<'a, i32>,
+    neg32: SplitMut<'a, i32>,
+    sum32: SplitMut<'a, i16>,
+}
+
+/// Where one token's blocks go.
+pub(crate) struct Place {
+    block_len: usize,
+    width: usize,
+    token: usize,
+    first_byte: usize,
+    first_block: usize,
+}
+
+/// [`quantize_row`] compiled for an instruction set.
+pub(crate) type QuantizeRow = unsafe fn(&[f32], &Place, &Parts<'_>);
+
+/// Quantises one token. Inlined into each instruction set's own function, where the loops of
+/// fixed length become its vectors; the arithmetic is exact or singly rounded, hence the same.
+///
+/// # Safety
+/// No other thread writes the same token.
+#[inline(always)]
+pub(crate) unsafe fn quantize_row(x: &[f32], at: &Place, parts: &Parts<'_>) {
+    // SAFETY: passed on.
+    unsafe {
+        if at.block_len == 32 {
+            blocks_of_32(x, at, parts);
+        } else {
+            blocks_of_256(x, at, parts);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn blocks_of_32(x: &[f32], at: &Place, parts: &Parts<'_>) {
+    for (b, x) in x.as_chunks::<32>().0.iter().enumerate() {
+        let byte = at.first_byte + (b / 2 * at.width + at.token) * 64 + b % 2 * 32;
+        let block = at.first_block + b * at.width + at.token;
+        // SAFETY: bytes and sums of this token and block only.
+        unsafe {
+            let q = parts.q.part(byte..byte + 32);
+            let q = q.as_chunks_mut::<32>().0;
+            let (d, inverse) = scale(max_abs_bits(x));
+            let sum = round_block(x, inverse, &mut q[0]);
+            parts.d.part(block..block + 1)[0] = d;
+            parts.neg8.part(block..block + 1)[0] = -8 * sum;
+            parts.neg128.part(block..block + 1)[0] = -128 * sum;
+            // The other half of the last 64 bytes is read by AMX against zero weights or not at
+            // all; it stays what it was, which is harmless for integers.
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn blocks_of_256(x: &[f32], at: &Place, parts: &Parts<'_>) {
+    for (b, x) in x.as_chunks::<256>().0.iter().enumerate() {
+        let block = at.first_block + b * at.width + at.token;
+        let runs = x.as_chunks::<16>().0;
+        let (d, inverse) = scale(runs.iter().map(max_abs_bits).max().unwrap_or(0));
+        // SAFETY: bytes and sums of this token and block only.
+        unsafe {
+            parts.d.part(block..block + 1)[0] = d;
+            let neg32 = parts.neg32.part(16 * block..16 * (block + 1));
+            for (i, run) in runs.iter().enumerate() {
+                let chunk = 4 * b + i / 4;
+                let byte = at.first_byte + (chunk * at.width + at.token) * 64 + i % 4 * 16;
+                let q = parts.q.part(byte..byte + 16).as_chunks_mut::<16>().0;
+                neg32[i] = round_block(run, inverse, &mut q[0]);
+            }
+            let sum32 = parts.sum32.part(8 * block..8 * (block + 1));
+            for (sum, pair) in sum32.iter_mut().zip(neg32.as_chunks::<2>().0) {
+                *sum = (pair[0] + pair[1]) as i16;
+            }
+            for sum in neg32 {
+                *sum *= -32;
+            }
+        }
+    }
+}
+
+/// Largest magnitude, as bits: those of a NaN are above those of infinity, above all numbers'.
+#[inline(always)]
+fn max_abs_bits<const N: usize>(x: &[f32; N]) -> u32 {
+    let mut lanes = [0u32; 16];
+    for run in x.as_chunks::<16>().0 {
+        for (lane, v) in lanes.iter_mut().zip(run) {
+            *lane = (*lane).max(v.to_bits() & 0x7FFF_FFFF);
+        }
+    }
+    lanes.into_iter().max().unwrap_or(0)
+}
+
+/// The scale of a block and what its numbers are multiplied by before rounding.
+#[inline(always)]
+fn scale(max_abs_bits: u32) -> (f32, f32) {
+    let max = f32::from_bits(max_abs_bits);
+    if !max.is_finite() {
+        (f32::NAN, 0.0)
+    } else if max < TINY {
+        (0.0, 0.0)
+    } else {
+        (max / 127.0, 127.0 / max)
+    }
+}
+
+/// Rounds a block and returns the sum of its quants.
+#[inline(always)]
+fn round_block<const N: usize>(x: &[f32; N], inverse: f32, q: &mut [u8; N]) -> i32 {
+    // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits; it turns a NaN
+    // (infinity times zero) into some number, and is one instruction everywhere.
+    const MAGIC: f32 = 12_582_912.0;
+    let mut sums = [0i32; N];
+    for i in 0..N {
+        let v = (x[i] * inverse + MAGIC).to_bits() as i8;
+        q[i] = v as u8;
+        sums[i] = i32::from(v);
+    }
+    sums.iter().sum()
+}

@@ -1,0 +1,120 @@
+//! The interleaved order of a packed matrix, the same for every vector instruction set.
+//!
+//! A *panel* is 16 rows (missing ones are zero). Its quants are cut into 32-bit words as they
+//! lie in the file, and word `i` of all 16 rows makes vector `i` of 64 bytes: one 512-bit load
+//! then gives each row four neighbouring columns, which is what VNNI, AMX and NEON dot products
+//! and AVX2's `maddubs` want. 4- and 6-bit quants stay packed and are unpacked in registers.
+//!
+//! Bytes of a panel, each part on a 64-byte bound, `n` blocks per row:
+//! - F32, F16: `[n_cols][16]` numbers. BF16: `[n_cols / 2][16][2]`, columns rounded up to even.
+//! - Q8_0: `[n][8][16]` words of 4 signed quants, then `[n][16]` F16 scales.
+//! - Q4_0: `[n][4][16]` words; word `j` has columns `4j..` low and `16 + 4j..` high; then scales.
+//! - Q4_K: per block `[32][16]` words of quants (word `8p + j`: columns `64p + 4j..` low and
+//!   `64p + 32 + 4j..` high), `[3][16]` words of 6-bit scales and minima as in the file,
+//!   `[16]` F16 `d`, `[16]` F16 `dmin`.
+//! - Q6_K: per block `[32][16]` words of low bits, `[16][16]` words of high bits, `[4][16]` words
+//!   of signed scales; after all blocks `[n][16]` F16 `d`.
+
+use crate::quant::WeightType;
+
+/// Rows of a panel: 32-bit lanes of a 512-bit vector.
+pub(crate) const ROWS: usize = 16;
+/// Bytes of one vector.
+pub(crate) const VECTOR: usize = 64;
+/// Q4_K block of a panel: quants, scales and minima, `d` and `dmin`.
+pub(crate) const Q4_K_BLOCK: usize = (32 + 3 + 1) * VECTOR;
+/// Q6_K block of a panel without its `d`.
+pub(crate) const Q6_K_BLOCK: usize = (32 + 16 + 4) * VECTOR;
+/// Where a Q6_K block keeps its high bits, and its scales.
+pub(crate) const Q6_K_HIGH: usize = 32 * VECTOR;
+pub(crate) const Q6_K_SCALES: usize = 48 * VECTOR;
+/// Where a Q4_K block keeps its scales, and `d`.
+pub(crate) const Q4_K_SCALES: usize = 32 * VECTOR;
+pub(crate) const Q4_K_D: usize = 35 * VECTOR;
+
+/// Where the F16 scales of a panel begin (Q8_0, Q4_0, Q6_K).
+pub(crate) fn scales_offset(ty: WeightType, n_cols: usize) -> usize {
+    match ty {
+        WeightType::Q8_0 => n_cols / 32 * 8 * VECTOR,
+        WeightType::Q4_0 => n_cols / 32 * 4 * VECTOR,
+        WeightType::Q6_K => n_cols / 256 * Q6_K_BLOCK,
+        _ => 0,
+    }
+}
+
+/// Bytes of a panel; `None` if that overflows.
+pub(crate) fn panel_bytes(ty: WeightType, n_cols: usize) -> Option<usize> {
+    let per_block = match ty {
+        WeightType::F32 => ROWS * 4,
+        WeightType::F16 => ROWS * 2,
+        WeightType::BF16 => {
+            return n_cols.div_ceil(2).checked_mul(VECTOR);
+        }
+        WeightType::Q8_0 => 8 * VECTOR + 2 * ROWS,
+        WeightType::Q4_0 => 4 * VECTOR + 2 * ROWS,
+        WeightType::Q4_K => Q4_K_BLOCK,
+        WeightType::Q6_K => Q6_K_BLOCK + 2 * ROWS,
+    };
+    (n_cols / ty.block_len())
+        .checked_mul(per_block)?
+        .checked_next_multiple_of(VECTOR)
+}
+
+/// Interleaves up to 16 rows, `row_bytes` each and one after the other in `rows`, into `panel`,
+/// which is zero.
+pub(crate) fn pack_panel(ty: WeightType, n_cols: usize, rows: &[u8], panel: &mut [u8]) {
+    let row_bytes = ty.row_bytes(n_cols).expect("checked by pack");
+    let n_blocks = n_cols / ty.block_len();
+    let block_bytes = ty.block_bytes();
+    let scales = scales_offset(ty, n_cols);
+    for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
+        let blocks = row.chunks_exact(block_bytes).enumerate();
+        match ty {
+            WeightType::F32 => words(row, r, panel),
+            WeightType::BF16 => {
+                words(row, r, panel);
+                if let [low, high] = *row.chunks_exact(4).remainder() {
+                    let at = n_cols / 2 * VECTOR + 4 * r;
+                    panel[at..at + 2].copy_from_slice(&[low, high]);
+                }
+            }
+            WeightType::F16 => blocks.for_each(|(k, b)| half_at(b, k, r, panel)),
+            WeightType::Q8_0 => blocks.for_each(|(i, b)| {
+                words(&b[2..], r, &mut panel[i * 8 * VECTOR..]);
+                half_at(b, i, r, &mut panel[scales..]);
+            }),
+            WeightType::Q4_0 => blocks.for_each(|(i, b)| {
+                words(&b[2..], r, &mut panel[i * 4 * VECTOR..]);
+                half_at(b, i, r, &mut panel[scales..]);
+            }),
+            WeightType::Q4_K => blocks.for_each(|(i, b)| {
+                let out = &mut panel[i * Q4_K_BLOCK..(i + 1) * Q4_K_BLOCK];
+                words(&b[16..], r, out);
+                words(&b[4..16], r, &mut out[Q4_K_SCALES..]);
+                half_at(b, 0, r, &mut out[Q4_K_D..]);
+                half_at(&b[2..], 1, r, &mut out[Q4_K_D..]);
+            }),
+            WeightType::Q6_K => blocks.for_each(|(i, b)| {
+                let out = &mut panel[i * Q6_K_BLOCK..];
+                words(&b[..128], r, out);
+                words(&b[128..192], r, &mut out[Q6_K_HIGH..]);
+                words(&b[192..208], r, &mut out[Q6_K_SCALES..]);
+                half_at(&b[208..], i, r, &mut panel[scales..]);
+            }),
+        }
+    }
+    debug_assert!(n_blocks * block_bytes == row_bytes);
+}
+
+/// Word `i` of `row` becomes lane `r` of vector `i`.
+fn words(row: &[u8], r: usize, out: &mut [u8]) {
+    for (word, vector) in row.chunks_exact(4).zip(out.chunks_exact_mut(VECTOR)) {
+        vector[4 * r..4 * r + 4].copy_from_slice(word);
+    }
+}
+
+/// The two bytes at the start of `block` become lane `r` of the `i`-th run of 16 halves.
+fn half_at(block: &[u8], i: usize, r: usize, out: &mut [u8]) {
+    let at = 2 * (i * ROWS + r);
+    out[at..at + 2].copy_from_slice(&block[..2]);
+}
