@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod eval;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -39,6 +40,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// What each memory remembers of a text, side by side
+    Eval(eval::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
 }
@@ -48,6 +51,7 @@ impl Command {
         match self {
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Eval(args) => eval::run(args),
             Command::Logits(args) => logits::run(&args),
         }
     }

@@ -4,6 +4,7 @@ use super::boundary::{self, Tally};
 use super::budget::{self, Given, Target};
 use super::prompt::{Document, Form};
 use super::sample::Sample;
+use crate::interrupt;
 use anyhow::{Context, Result};
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::memory::{NodeInfo, Stats};
@@ -113,7 +114,7 @@ pub struct Outcome {
 pub struct Rig {
     /// The model on its threads.
     pub engine: Engine,
-    /// Types of keys and values; `n_ctx` is set per sample.
+    /// Types of keys and values; an `n_ctx` of 0 stands for what each sample needs.
     pub options: SequenceOptions,
     /// How questions are put.
     pub form: Form,
@@ -125,8 +126,11 @@ impl Rig {
     /// A sequence with room for `n` tokens and as many again.
     pub fn sequence(&self, spec: &MemorySpec, n: usize) -> Result<Sequence> {
         let options = SequenceOptions {
-            // Slots and questions come on top of the text.
-            n_ctx: n.saturating_mul(2).saturating_add(4096),
+            n_ctx: match self.options.n_ctx {
+                // Slots and questions come on top of the text.
+                0 => n.saturating_mul(2).saturating_add(4096),
+                n => n,
+            },
             ..self.options
         };
         Ok(self.engine.sequence(spec, options)?)
@@ -164,6 +168,7 @@ impl Rig {
             let tokens = chunk;
             self.engine.step(&mut [Feed { seq, tokens, want }])?;
             progress(chunk.len());
+            interrupt::check()?;
         }
         Ok(())
     }

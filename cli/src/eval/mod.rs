@@ -19,6 +19,7 @@ mod sample;
 mod score;
 mod text;
 
+use crate::report::write_text;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use mneme_engine::gguf::Gguf;
@@ -37,11 +38,11 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Write texts with questions as JSONL, to be read here or elsewhere.
+    /// Write texts with questions as JSONL, to be read here or elsewhere
     Generate(Generate),
-    /// Ask a model with several memories the same questions, side by side.
+    /// Ask a model with several memories the same questions, side by side
     Run(run::Args),
-    /// List the tasks.
+    /// List the tasks
     Tasks,
 }
 
@@ -105,15 +106,9 @@ fn generate(args: &Generate) -> Result<()> {
         }
     }
     match &args.output {
-        Some(path) => {
-            std::fs::write(path, out).with_context(|| format!("cannot write {}", path.display()))
-        }
+        Some(path) => write_text(path, &out),
         None => {
-            // A reader that has seen enough, such as `head`, is no error.
-            match std::io::stdout().write_all(out.as_bytes()) {
-                Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-                done => done.context("cannot write to standard output"),
-            }
+            (std::io::stdout().write_all(out.as_bytes())).context("cannot write to standard output")
         }
     }
 }

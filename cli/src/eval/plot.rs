@@ -1,5 +1,6 @@
 //! Plots as SVG, drawn here so that a report needs no other program.
 
+use crate::plots::escape;
 use std::fmt::Write;
 
 /// A point of a line, with the ends of its interval.
@@ -46,21 +47,6 @@ const BOTTOM: f64 = 56.0;
 const COLOURS: [&str; 8] = [
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999",
 ];
-
-/// Text with the characters of XML written out.
-fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            c => out.push(c),
-        }
-    }
-    out
-}
 
 fn begin(out: &mut String, title: &str) {
     let _ = write!(

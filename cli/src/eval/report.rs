@@ -4,6 +4,7 @@ use super::arm::{Held, Outcome, PLACES, Place};
 use super::boundary::Tally;
 use super::plot::{self, Axes, Line, Point};
 use super::score::{Mean, Score, mean};
+use crate::args::human_bytes as bytes;
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -161,16 +162,6 @@ pub struct Report {
     pub equal_bytes: bool,
     /// One per task, length and arm.
     pub rows: Vec<Row>,
-}
-
-/// Bytes in words.
-pub fn bytes(n: f64) -> String {
-    match n {
-        n if n < 1024.0 => format!("{n:.0} B"),
-        n if n < 1_048_576.0 => format!("{:.1} KiB", n / 1024.0),
-        n if n < 1_073_741_824.0 => format!("{:.1} MiB", n / 1_048_576.0),
-        n => format!("{:.2} GiB", n / 1_073_741_824.0),
-    }
 }
 
 fn percent(m: &Mean) -> String {

@@ -8,89 +8,21 @@ use super::report::{Report, Row};
 use super::sample::Sample;
 use super::score::Score;
 use super::text::Texts;
+use crate::args::{CellArgs, ModelArgs};
+use crate::interrupt;
+use crate::progress::{Progress, Unit};
+use crate::report::write_text;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
-use mneme_engine::engine::{N_UBATCH, kv_type};
+use mneme_engine::SequenceOptions;
 use mneme_engine::memory::spec::MemorySpec;
-use mneme_engine::ops::Cpu;
-use mneme_engine::{Engine, LoadOptions, Model, SequenceOptions};
-use mneme_kernels::attend::KvType;
 use serde_json::json;
 use std::io::Write;
-use std::path::{Path, PathBuf};
-
-/// Flags that say which model runs, and how.
-#[derive(Parser, Clone)]
-pub struct ModelArgs {
-    /// Memory adapter to lay over the model.
-    #[arg(long, value_name = "FILE")]
-    pub memory_adapter: Option<PathBuf>,
-    /// Threads [default: all].
-    #[arg(short, long)]
-    pub threads: Option<usize>,
-    /// Most rows of one pass.
-    #[arg(long, visible_alias = "ubatch-size", default_value_t = N_UBATCH)]
-    pub ubatch: usize,
-    /// Type of keys: f32, f16, bf16 or q8_0.
-    #[arg(long, visible_alias = "ctk", default_value = "f16", value_parser = parse_kv)]
-    pub cache_type_k: KvType,
-    /// Type of values.
-    #[arg(long, visible_alias = "ctv", default_value = "f16", value_parser = parse_kv)]
-    pub cache_type_v: KvType,
-}
-
-fn parse_kv(text: &str) -> Result<KvType> {
-    kv_type(text).with_context(|| format!("unknown K/V type `{text}`"))
-}
-
-impl ModelArgs {
-    /// Loads `path`, showing how far it is.
-    pub fn load(&self, path: &Path, style: Style) -> Result<Rig> {
-        let all = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let ops = Cpu::new(self.threads.unwrap_or(all).clamp(1, 1024));
-        let options = LoadOptions {
-            memory_adapter: self.memory_adapter.clone(),
-        };
-        let bar = ProgressBar::new(0).with_style(bar_style("{bytes}/{total_bytes}"));
-        bar.set_message("loading");
-        let model = Model::load(path, &options, &ops, |done, total| {
-            bar.set_length(total);
-            bar.set_position(done);
-        });
-        bar.finish_and_clear();
-        let model = model?;
-        let form = Form::of(style, &model.tokenizer)?;
-        Ok(Rig {
-            engine: Engine::new(model, ops, self.ubatch),
-            options: SequenceOptions {
-                n_ctx: 0,
-                type_k: self.cache_type_k,
-                type_v: self.cache_type_v,
-            },
-            form,
-            n_predict: None,
-        })
-    }
-}
-
-/// A bar with a message before it and `counts` after it.
-pub fn bar_style(counts: &str) -> ProgressStyle {
-    let template = format!("{{msg:24!}} [{{bar:30}}] {counts} {{eta}}");
-    let style = ProgressStyle::with_template(&template);
-    style
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("=> ")
-}
+use std::path::PathBuf;
 
 /// Arguments of `mneme eval run`.
 #[derive(Parser)]
 pub struct Args {
-    /// Model file.
-    #[arg(short, long, value_name = "FILE")]
-    model: PathBuf,
-    #[command(flatten)]
-    how: ModelArgs,
     #[command(flatten)]
     texts: Texts,
     /// Samples from a file instead: ours, RULER's or LongBench's format.
@@ -128,6 +60,10 @@ pub struct Args {
     /// Where to write every answer, as JSONL.
     #[arg(long, value_name = "FILE")]
     answers: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    cells: CellArgs,
 }
 
 /// One option and its values.
@@ -210,8 +146,17 @@ fn groups(args: &Args, rig: &Rig) -> Result<Vec<Group>> {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let mut rig = args.how.load(&args.model, args.style)?;
-    rig.n_predict = args.predict;
+    interrupt::watch();
+    let engine = args.model.load()?;
+    let mut rig = Rig {
+        form: Form::of(args.style, &engine.model.tokenizer)?,
+        options: SequenceOptions {
+            n_ctx: args.cells.ctx_size,
+            ..args.cells.options(&engine.model)?
+        },
+        n_predict: args.predict,
+        engine,
+    };
     let given = match args.arm.is_empty() {
         false => args.arm.clone(),
         true => {
@@ -228,11 +173,11 @@ pub fn run(args: Args) -> Result<()> {
         // Wrong descriptions are better refused before an hour of work.
         rig.sequence(arm, 1)?;
     }
-    let model = arms.iter().position(|a| a.name == "nodes");
-    if args.equal_bytes && model.is_none() {
+    let first = arms.iter().position(|a| a.name == "nodes");
+    if args.equal_bytes && first.is_none() {
         bail!("--equal-bytes needs an arm with nodes to be equal to");
     }
-    let target = model.filter(|_| args.equal_bytes);
+    let target = first.filter(|_| args.equal_bytes);
     let mut answers = match &args.answers {
         None => None,
         Some(path) => {
@@ -242,15 +187,13 @@ pub fn run(args: Args) -> Result<()> {
         }
     };
     let mut report = Report {
-        model: args.model.display().to_string(),
+        model: rig.engine.model.path.display().to_string(),
         seed: args.jsonl.is_empty().then_some(args.texts.seed),
         equal_bytes: args.equal_bytes,
         rows: Vec::new(),
     };
     for group in groups(&args, &rig)? {
-        let bar = ProgressBar::new(0).with_style(bar_style("{pos}/{len} tokens"));
-        let (outcomes, used) = side_by_side(&mut rig, &arms, target, &group.samples, &bar)?;
-        bar.finish_and_clear();
+        let (outcomes, used) = side_by_side(&mut rig, &arms, target, &group)?;
         let questions = || group.samples.iter().flat_map(|s| &s.questions);
         let chance = questions().map(|q| q.chance).sum::<f64>() / questions().count().max(1) as f64;
         if let Some(file) = &mut answers {
@@ -276,8 +219,7 @@ fn side_by_side(
     rig: &mut Rig,
     arms: &[MemorySpec],
     target: Option<usize>,
-    samples: &[Sample],
-    bar: &ProgressBar,
+    group: &Group,
 ) -> Result<(Vec<Vec<Outcome>>, Vec<String>)> {
     let mut outcomes: Vec<Vec<Outcome>> = arms.iter().map(|_| Vec::new()).collect();
     let mut used: Vec<String> = arms.iter().map(|a| a.text.clone()).collect();
@@ -286,20 +228,24 @@ fn side_by_side(
     if let Some(first) = target {
         order.swap(0, first);
     }
-    for (n, sample) in samples.iter().enumerate() {
+    let texts = group.samples.len() as u64;
+    let mut bar = Progress::new("tokens read", 0, Unit::Count);
+    let (mut done, mut all) = (0, 0);
+    for (n, sample) in group.samples.iter().enumerate() {
         let mut size: Option<Held> = None;
         for &i in &order {
             let spec = match &size {
                 Some(held) => rig.equal(&arms[i], held, sample)?,
                 None => arms[i].clone(),
             };
-            bar.set_message(format!("{} {}/{}", spec.name, n + 1, samples.len()));
             let outcome = rig.run(&spec, sample, &mut |tokens| {
-                bar.inc(tokens as u64);
+                done += tokens as u64;
+                bar.set(done);
             })?;
             if n == 0 {
-                // Only now is it known how much there is to read.
-                bar.inc_length(outcome.held.n_tokens as u64 * samples.len() as u64);
+                // How much there is to read is known when every arm has read once.
+                all += outcome.held.n_tokens as u64 * texts;
+                bar.set_len(all);
                 used[i] = spec.text.clone();
             }
             if Some(i) == target {
@@ -340,28 +286,22 @@ fn write_answers(
 
 /// Prints the report and writes the files asked for.
 fn publish(args: &Args, report: &Report) -> Result<()> {
-    let save = |path: &Path, text: &str| {
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
-    };
     let tables = report.markdown();
     if let Some(path) = &args.markdown {
-        save(path, &tables)?;
+        write_text(path, &tables)?;
     }
     if let Some(dir) = &args.plot {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         for (name, svg) in report.plots() {
-            save(&dir.join(name), &svg)?;
+            write_text(&dir.join(name), &svg)?;
         }
     }
     let mut out = tables;
     match &args.output {
-        Some(path) => save(path, &(report.json() + "\n"))?,
+        Some(path) => write_text(path, &(report.json() + "\n"))?,
         None => out.push_str(&(report.json() + "\n")),
     }
-    match std::io::stdout().write_all(out.as_bytes()) {
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        done => done.context("cannot write to standard output"),
-    }
+    (std::io::stdout().write_all(out.as_bytes())).context("cannot write to standard output")
 }
 
 #[cfg(test)]
