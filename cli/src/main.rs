@@ -15,6 +15,7 @@ mod perplexity;
 mod plots;
 mod progress;
 mod report;
+mod segments;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -42,6 +43,8 @@ enum Command {
     Bench(bench::Args),
     /// What each memory remembers of a text, side by side
     Eval(eval::Args),
+    /// Segments
+    Segments(segments::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
 }
@@ -52,6 +55,7 @@ impl Command {
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Eval(args) => eval::run(args),
+            Command::Segments(args) => segments::run(&args),
             Command::Logits(args) => logits::run(&args),
         }
     }

@@ -12,7 +12,6 @@ pub mod hparams;
 pub mod memory;
 pub mod model;
 pub mod ops;
-pub mod scheduler;
 pub mod session;
 pub mod tokenizer;
 pub mod weights;

@@ -6,8 +6,12 @@
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod mul_mat;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 pub(crate) mod scalar;
 
 use crate::attend::tile::PageKernels;
@@ -61,6 +65,10 @@ pub(crate) fn rope(isa: Isa) -> Rope {
 pub(crate) fn mul_mat(isa: Isa) -> Option<(MulMat, QuantizeRow)> {
     check(isa);
     match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => Some((avx2::mul_mat::panel, avx2::mul_mat::quantize_row)),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => Some((neon::mul_mat::panel, neon::mul_mat::quantize_row)),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => Some((avx512::mul_mat::panel, avx512::mul_mat::quantize_row)),
         #[cfg(target_arch = "x86_64")]

@@ -14,7 +14,7 @@ fn vector_isas() -> impl Iterator<Item = Isa> {
     dispatch::available()
         .iter()
         .copied()
-        .filter(|&isa| isa != Isa::Scalar && isa != Isa::Avx2)
+        .filter(|&isa| isa != Isa::Scalar)
 }
 
 fn rng(seed: u64) -> StdRng {

@@ -1,0 +1,3 @@
+//! x86-64 with AVX2, FMA and F16C.
+
+pub(crate) mod mul_mat;
