@@ -6,6 +6,7 @@
 mod args;
 mod bench;
 mod generate;
+mod eval;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -45,6 +46,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// What each memory remembers of a text, side by side
+    Eval(eval::Args),
     /// Segments
     Segments(segments::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
@@ -57,6 +60,7 @@ impl Command {
             Command::Run(args) => run::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Eval(args) => eval::run(args),
             Command::Segments(args) => segments::run(&args),
             Command::Logits(args) => logits::run(&args),
         }
