@@ -228,13 +228,7 @@ fn print(isa: Isa, peaks: &[Peak; 2], rows: &[Row]) {
     println!("\ninstruction set {}\n", isa.name());
     println!("| peak | unit | 1 thread | 2 threads | 1 to 2 |");
     println!("|---|---|--:|--:|--:|");
-    let peak_rows: [(&str, &str, fn(&Peak) -> f64); 4] = [
-        ("read", "GB/s", |peak| peak.read),
-        ("FP32 FMA", "GFLOP/s", |peak| peak.fma),
-        ("int8", "GOP/s", |peak| peak.int8),
-        ("int8 AMX", "GOP/s", |peak| peak.int8_amx),
-    ];
-    for (name, unit, of) in peak_rows {
+    let peak_row = |name: &str, unit: &str, of: &dyn Fn(&Peak) -> f64| {
         let [one, two] = [of(&peaks[0]), of(&peaks[1])];
         println!(
             "| {name} | {unit} | {:.1} | {:.1} | {:.2} |",
@@ -242,7 +236,11 @@ fn print(isa: Isa, peaks: &[Peak; 2], rows: &[Row]) {
             two / 1e9,
             two / one
         );
-    }
+    };
+    peak_row("read", "GB/s", &|peak| peak.read);
+    peak_row("FP32 FMA", "GFLOP/s", &|peak| peak.fma);
+    peak_row("int8", "GOP/s", &|peak| peak.int8);
+    peak_row("int8 AMX", "GOP/s", &|peak| peak.int8_amx);
     println!("\n| op | unit | 1 thread | 2 threads | 1 to 2 | share of peak, 2 threads |");
     println!("|---|---|--:|--:|--:|---|");
     let mut json = Vec::new();
