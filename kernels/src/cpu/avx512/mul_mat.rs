@@ -126,7 +126,7 @@ unsafe fn vector(p: &Panel<'_>, x: &Quants) {
         let n = (p.tokens.end - t).min(GROUP - in_group).min(VECTOR_TOKENS);
         // SAFETY: `t` and the `n - 1` tokens after it are in this group.
         unsafe {
-            let x = x.group(t / GROUP).from_token(in_group);
+            let x = x.group(t / GROUP).at_token(in_group);
             match n {
                 1 => vector_n::<1>(p, x, t),
                 2 => vector_n::<2>(p, x, t),
@@ -491,7 +491,7 @@ unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
             while t < p.tokens.end {
                 let in_group = t % GROUP;
                 let left = (p.tokens.end - t).min(GROUP - in_group);
-                let x = x.group(t / GROUP).from_token(in_group);
+                let x = x.group(t / GROUP).at_token(in_group);
                 let acc = &mut acc[t - p.tokens.start..];
                 t += match left {
                     TILE.. => tile_n::<TILE>(p, blocks.clone(), x, unpacked, acc),
