@@ -12,6 +12,7 @@ pub mod attend;
 mod cpu;
 pub mod dispatch;
 pub mod mul_mat;
+pub mod peak;
 pub mod pool;
 pub mod quant;
 pub mod recur;

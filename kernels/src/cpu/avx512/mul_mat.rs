@@ -21,14 +21,72 @@ const TILE: usize = 8;
 /// How far ahead of the vector form weights are fetched, in bytes.
 const AHEAD: usize = 4096;
 
-/// [`activations::quantize_row`] with this instruction set.
+/// [`activations::quantize_row`] in vectors, the same to the bit.
 ///
 /// # Safety
-/// The instruction set is available; as the function itself.
+/// The instruction set is available; no other thread writes the same token.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(crate) unsafe fn quantize_row(x: &[f32], at: &Place, parts: &Parts<'_>) {
-    // SAFETY: passed on.
-    unsafe { activations::quantize_row(x, at, parts) }
+    if at.block_len == 32 {
+        for (b, x) in x.as_chunks::<32>().0.iter().enumerate() {
+            let runs = x.as_chunks::<16>().0;
+            let (d, inverse) = activations::scale(max_abs_bits(runs));
+            // SAFETY: passed on; a block's bytes are contiguous.
+            unsafe {
+                let q = at.bytes(parts, 32 * b, 32).as_chunks_mut::<16>().0;
+                let sum = _mm512_add_epi32(
+                    round_16(&runs[0], inverse, &mut q[0]),
+                    round_16(&runs[1], inverse, &mut q[1]),
+                );
+                at.end_32(parts, b, d, _mm512_reduce_add_epi32(sum));
+            }
+        }
+    } else {
+        for (b, x) in x.as_chunks::<256>().0.iter().enumerate() {
+            let runs = x.as_chunks::<16>().0;
+            let (d, inverse) = activations::scale(max_abs_bits(runs));
+            let mut sums = [0; 16];
+            for i in 0..16 {
+                // SAFETY: passed on; 16 bytes of a block are contiguous.
+                unsafe {
+                    let q = at
+                        .bytes(parts, 256 * b + 16 * i, 16)
+                        .as_chunks_mut::<16>()
+                        .0;
+                    sums[i] = _mm512_reduce_add_epi32(round_16(&runs[i], inverse, &mut q[0]));
+                }
+            }
+            // SAFETY: passed on.
+            unsafe { at.end_256(parts, b, d, &sums) }
+        }
+    }
+}
+
+/// Largest magnitude of runs of 16 numbers, as bits.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn max_abs_bits(x: &[[f32; 16]]) -> u32 {
+    let magnitude = _mm512_set1_epi32(0x7FFF_FFFF);
+    let mut max = _mm512_setzero_si512();
+    for run in x {
+        // SAFETY: 16 numbers.
+        let v = unsafe { _mm512_loadu_si512(run.as_ptr().cast()) };
+        max = _mm512_max_epu32(max, _mm512_and_si512(v, magnitude));
+    }
+    _mm512_reduce_max_epu32(max)
+}
+
+/// Rounds 16 numbers times `inverse` to the nearest integers, ties to even; returns them.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn round_16(x: &[f32; 16], inverse: f32, q: &mut [u8; 16]) -> __m512i {
+    // SAFETY: 16 numbers in, 16 bytes out.
+    unsafe {
+        let v = _mm512_mul_ps(_mm512_loadu_ps(x.as_ptr()), _mm512_set1_ps(inverse));
+        let v = _mm512_cvtps_epi32(v);
+        _mm_storeu_si128(q.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(v));
+        v
+    }
 }
 
 /// One panel times the unit's tokens.
@@ -102,16 +160,29 @@ unsafe fn vector_n<const T: usize>(p: &Panel<'_>, x: Group, t: usize) {
 /// Writes the panel's rows of token `t`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn store(p: &Panel<'_>, t: usize, acc: __m512) {
+pub(in crate::cpu) unsafe fn store(p: &Panel<'_>, t: usize, acc: __m512) {
     let mask = (0xFFFFu32 >> (ROWS - p.rows)) as u16;
     // SAFETY: the mask keeps the panel's own rows of this token.
     unsafe { _mm512_mask_storeu_ps(p.out.add(t * p.stride), mask, acc) }
 }
 
+/// Writes the panel's rows of all tokens. Each lands on lines of its own: ask for them ahead.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::cpu) unsafe fn store_all(p: &Panel<'_>, tokens: Range<usize>, acc: &[[f32; ROWS]]) {
+    const STORES_AHEAD: usize = 24;
+    for (t, acc) in tokens.zip(acc) {
+        let ahead = p.out.wrapping_add((t + STORES_AHEAD) * p.stride);
+        _mm_prefetch::<_MM_HINT_ET0>(ahead.cast());
+        // SAFETY: passed on.
+        unsafe { store(p, t, _mm512_loadu_ps(acc.as_ptr())) };
+    }
+}
+
 /// Vector `i` of the words at `bytes`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn load(bytes: *const u8, i: usize) -> __m512i {
+pub(in crate::cpu) unsafe fn load(bytes: *const u8, i: usize) -> __m512i {
     // SAFETY: the caller has that many vectors.
     unsafe { _mm512_loadu_si512(bytes.add(i * VECTOR).cast()) }
 }
@@ -127,7 +198,7 @@ unsafe fn four(q: *const i8) -> __m512i {
 /// The `i`-th run of 16 F16 numbers.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
+pub(in crate::cpu) unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
     // SAFETY: the caller has that many.
     unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes.add(2 * ROWS * i).cast())) }
 }
@@ -143,14 +214,14 @@ unsafe fn fetch(bytes: *const u8, n: usize) {
 /// Adds a block of 32: `sum * (weights' scale * activations' scale)`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn end(acc: __m512, sum: __m512i, d: __m512, dx: __m512) -> __m512 {
+pub(in crate::cpu) fn end(acc: __m512, sum: __m512i, d: __m512, dx: __m512) -> __m512 {
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(d, dx), acc)
 }
 
 /// Takes a block's minima away: `sum * (weights' dmin * activations' scale)`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn end_min(acc: __m512, sum: __m512i, dmin: __m512, dx: __m512) -> __m512 {
+pub(in crate::cpu) fn end_min(acc: __m512, sum: __m512i, dmin: __m512, dx: __m512) -> __m512 {
     _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(dmin, dx), acc)
 }
 
@@ -248,7 +319,7 @@ fn byte_pairs(v: __m512i) -> [__m512i; 2] {
 /// Sum of minima times activations over a block of 256: `mins` are pairs of sub-blocks.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn min_sum(mins: &[__m512i; 4], sums: *const i16) -> __m512i {
+pub(in crate::cpu) unsafe fn min_sum(mins: &[__m512i; 4], sums: *const i16) -> __m512i {
     let mut sum = _mm512_setzero_si512();
     for (i, &min) in mins.iter().enumerate() {
         // SAFETY: eight sums per block by the caller's promise.
@@ -431,9 +502,7 @@ unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
             }
             b = blocks.end;
         }
-        for (i, acc) in acc.iter().enumerate() {
-            store(p, p.tokens.start + i, _mm512_loadu_ps(acc.as_ptr()));
-        }
+        store_all(p, p.tokens.clone(), acc);
     }
 }
 
@@ -471,7 +540,7 @@ unsafe fn tile_n<const T: usize>(
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn put(to: &mut [u8; VECTOR], v: __m512i) {
+pub(in crate::cpu) unsafe fn put(to: &mut [u8; VECTOR], v: __m512i) {
     // SAFETY: 64 bytes.
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
 }
@@ -496,7 +565,7 @@ unsafe fn unpack_q4_0(bytes: *const u8, blocks: Range<usize>, to: &mut Unpacked)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
+pub(in crate::cpu) unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
     let low = _mm512_set1_epi8(15);
     let byte = _mm512_set1_epi32(255);
     // SAFETY: a whole block by the caller's promise; every store is to a whole array.
@@ -518,13 +587,18 @@ unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
             let pair = byte_pairs(mins[i / 2])[i % 2];
             _mm512_storeu_si512(to.mins[i].as_mut_ptr().cast(), pair);
         }
-        _mm512_storeu_ps(to.d.as_mut_ptr(), halves(block.add(Q4_K_D), 0));
+        _mm512_storeu_ps(to.d[0].as_mut_ptr(), halves(block.add(Q4_K_D), 0));
         _mm512_storeu_ps(to.dmin.as_mut_ptr(), halves(block.add(Q4_K_D), 1));
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn unpack_q6_k(block: *const u8, scales: *const u8, b: usize, to: &mut Unpacked) {
+pub(in crate::cpu) unsafe fn unpack_q6_k(
+    block: *const u8,
+    scales: *const u8,
+    b: usize,
+    to: &mut Unpacked,
+) {
     // SAFETY: a whole block by the caller's promise; every store is to a whole array.
     unsafe {
         for half in 0..2 {
@@ -546,7 +620,7 @@ unsafe fn unpack_q6_k(block: *const u8, scales: *const u8, b: usize, to: &mut Un
             let scale = q6_k_scale(load(block.add(Q6_K_SCALES), s / 4), s % 4);
             _mm512_storeu_si512(to.scales[s].as_mut_ptr().cast(), scale);
         }
-        _mm512_storeu_ps(to.d.as_mut_ptr(), halves(scales, b));
+        _mm512_storeu_ps(to.d[0].as_mut_ptr(), halves(scales, b));
     }
 }
 
@@ -584,7 +658,7 @@ unsafe fn dot256<const T: usize, const Q4_K: bool>(
                 total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(sum, scale));
             }
         }
-        let d = _mm512_loadu_ps(w.d.as_ptr());
+        let d = _mm512_loadu_ps(w.d[0].as_ptr());
         let dmin = _mm512_loadu_ps(w.dmin.as_ptr());
         for t in 0..T {
             let at = b * x.width + t;
