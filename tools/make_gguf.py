@@ -27,6 +27,9 @@ SHAPES = {
     "qwen15": ("qwen2", 1536, 28, 12, 2, 128, 8960, 151936, 1e6, 32768),
     "qwen3b": ("qwen2", 2048, 36, 16, 2, 128, 11008, 151936, 1e6, 32768),
     "qwen3-06": ("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, 1e6, 40960),
+    # For checks of types rather than speed: rows of 256 and of 224, few and many heads per k/v head.
+    "small": ("qwen2", 256, 24, 4, 2, 64, 768, 1024, 1e6, 4096),
+    "narrow": ("llama", 224, 9, 7, 1, 32, 512, 1024, 5e5, 4096),
     "llama1b": ("llama", 2048, 16, 32, 8, 64, 8192, 128256, 5e5, 131072),
 }
 TYPES = ["f16", "q8_0", "q4_0", "q4_k_m", "q6_k", "iq4_xs"]

@@ -20,8 +20,10 @@ mod tokenizer;
 
 use std::path::{Path, PathBuf};
 
-use ggml_sys::Type;
 use mneme_engine::gguf::GgufWriter;
+
+pub use ggml_sys::Type;
+pub use regex::Regex;
 
 pub use config::{Arch, Config, RopeScaling};
 pub use error::Error;
