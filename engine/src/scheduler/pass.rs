@@ -6,6 +6,7 @@ use super::{Scheduler, Waiting};
 use crate::engine::{Feed, Sequence, Want};
 use crate::error::{Error, Result};
 use crate::grammar::Grammar;
+use crate::sampler::Sampler;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -71,6 +72,10 @@ impl Scheduler {
                 Err(e) => return job.refuse(Failure::Invalid(e.to_string())),
             },
         };
+        let sampler = match Sampler::new(&job.params.sampler, &self.engine.model.tokenizer) {
+            Ok(sampler) => sampler,
+            Err(e) => return job.refuse(Failure::Invalid(e.to_string())),
+        };
         let (held, logits, marks) = match head {
             Some((seq, logits)) => {
                 self.slots[id].seq = seq;
@@ -83,7 +88,7 @@ impl Scheduler {
         };
         let slot = &mut self.slots[id];
         slot.used = true;
-        let mut task = Task::new(&self.engine.model, job, held, grammar);
+        let mut task = Task::new(job, held, sampler, grammar);
         task.marks = marks;
         self.totals.prompt_cached += held as u64;
         if task.job.params.progress {

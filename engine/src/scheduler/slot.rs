@@ -92,8 +92,7 @@ pub(super) enum Next {
 
 impl Task {
     /// A task whose prompt is in the sequence up to `n_cached`.
-    pub fn new(model: &Model, job: Job, n_cached: usize, grammar: Option<Grammar>) -> Task {
-        let sampler = Sampler::new(&job.params.sampler, &model.tokenizer);
+    pub fn new(job: Job, n_cached: usize, sampler: Sampler, grammar: Option<Grammar>) -> Task {
         let now = Instant::now();
         let mut task = Task {
             pending: job.prompt[n_cached..].to_vec(),
@@ -199,12 +198,17 @@ impl Task {
     }
 
     fn after_filters(&self, id: u32, n: usize) -> TokenProbs {
-        let all = self.sampler.probabilities();
+        let mut all: Vec<(u32, f32)> = (self.sampler.candidates().iter())
+            .map(|c| (c.id, c.p))
+            .filter(|(_, p)| *p > 0.0)
+            .collect();
+        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         let value = all.iter().find(|(t, _)| *t == id).map_or(0.0, |t| t.1);
+        all.truncate(n);
         TokenProbs {
             id,
             value,
-            top: all.into_iter().filter(|t| t.1 > 0.0).take(n).collect(),
+            top: all,
         }
     }
 
