@@ -5,6 +5,8 @@
 
 mod args;
 mod bench;
+mod eval;
+mod generate;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -14,6 +16,8 @@ mod perplexity;
 mod plots;
 mod progress;
 mod report;
+mod run;
+mod saved;
 mod segments;
 mod serve;
 
@@ -37,12 +41,16 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Go on with a text: from -p, a file or stdin
+    Run(run::Args),
     /// Serve a model over HTTP: llama.cpp's protocol, OpenAI's and Anthropic's
     Serve(serve::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// What each memory remembers of a text, side by side
+    Eval(eval::Args),
     /// Segments
     Segments(segments::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
@@ -52,9 +60,11 @@ enum Command {
 impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
+            Command::Run(args) => run::run(&args),
             Command::Serve(args) => serve::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Eval(args) => eval::run(args),
             Command::Segments(args) => segments::run(&args),
             Command::Logits(args) => logits::run(&args),
         }

@@ -10,7 +10,9 @@ use std::time::Duration;
 const PROMPT: &str = "The capital of France";
 
 fn tiny(flags: &[&str]) -> Server {
-    let mut all = vec!["-c", "512", "-np", "2", "-n", "24", "--seed", "42", "--alias", "tiny"];
+    let mut all = vec![
+        "-c", "512", "-np", "2", "-n", "24", "--seed", "42", "--alias", "tiny",
+    ];
     all.extend(flags);
     Server::start("llama-tiny", &all)
 }
@@ -20,7 +22,10 @@ fn native_completion() {
     let server = tiny(&[]);
     let body = json!({"prompt": PROMPT, "n_predict": 8, "temperature": 0});
     let reply = server.post("/completion", &body);
-    assert_eq!(reply.header("content-type"), Some("application/json; charset=utf-8"));
+    assert_eq!(
+        reply.header("content-type"),
+        Some("application/json; charset=utf-8")
+    );
     assert_eq!(reply.header("server"), Some("llama.cpp"));
     let whole = reply.ok();
     assert_eq!(whole["stop"], true);
@@ -55,21 +60,33 @@ fn native_completion() {
     assert_eq!(last["content"], "");
     // The prompt was known but for its last token.
     assert_eq!(last["timings"]["prompt_n"], 1);
-    assert_eq!(last["timings"]["cache_n"].as_u64(), whole["tokens_evaluated"].as_u64().map(|n| n - 1));
+    assert_eq!(
+        last["timings"]["cache_n"].as_u64(),
+        whole["tokens_evaluated"].as_u64().map(|n| n - 1)
+    );
 }
 
 #[test]
 fn prompts_in_every_form() {
     let server = tiny(&[]);
-    let ids = server.post("/tokenize", &json!({"content": PROMPT, "add_special": true})).ok();
+    let ids = server
+        .post(
+            "/tokenize",
+            &json!({"content": PROMPT, "add_special": true}),
+        )
+        .ok();
     let ids = ids["tokens"].clone();
     let ask = |prompt: Value| {
-        let body = json!({"prompt": prompt, "n_predict": 6, "temperature": 0, "cache_prompt": false});
+        let body =
+            json!({"prompt": prompt, "n_predict": 6, "temperature": 0, "cache_prompt": false});
         server.post("/completion", &body)
     };
     let text = ask(json!(PROMPT)).ok();
     assert_eq!(ask(ids.clone()).ok()["content"], text["content"]);
-    assert_eq!(ask(json!({"prompt_string": PROMPT})).ok()["content"], text["content"]);
+    assert_eq!(
+        ask(json!({"prompt_string": PROMPT})).ok()["content"],
+        text["content"]
+    );
     let batch = ask(json!([ids, PROMPT])).ok();
     let batch = batch.as_array().expect("a list");
     assert_eq!(batch.len(), 2);
@@ -79,8 +96,19 @@ fn prompts_in_every_form() {
     }
     assert!(ask(json!([1, 2, PROMPT, 3])).ok()["content"].is_string());
     assert!(ask(json!("")).ok()["content"].is_string());
-    for bad in [json!([]), json!([9999999]), json!([-1]), json!({"x": 1}), json!(true), json!([[]])] {
-        assert_eq!(ask(bad.clone()).error(400).0, "invalid_request_error", "{bad}");
+    for bad in [
+        json!([]),
+        json!([9999999]),
+        json!([-1]),
+        json!({"x": 1}),
+        json!(true),
+        json!([[]]),
+    ] {
+        assert_eq!(
+            ask(bad.clone()).error(400).0,
+            "invalid_request_error",
+            "{bad}"
+        );
     }
     let (kind, _) = server.post("/completion", &json!({})).error(400);
     assert_eq!(kind, "invalid_request_error");
@@ -92,7 +120,9 @@ fn stop_strings_probabilities_and_fields() {
     let body = json!({"prompt": PROMPT, "n_predict": 16, "temperature": 0, "return_tokens": true, "n_probs": 3});
     let whole = server.post("/completion", &body).ok();
     let text = whole["content"].as_str().expect("text");
-    let probs = whole["completion_probabilities"].as_array().expect("a list");
+    let probs = whole["completion_probabilities"]
+        .as_array()
+        .expect("a list");
     assert_eq!(probs.len(), 16);
     for p in probs {
         assert_eq!(p["top_logprobs"].as_array().expect("a list").len(), 3);
@@ -103,8 +133,16 @@ fn stop_strings_probabilities_and_fields() {
     assert_eq!(whole["tokens"].as_array().expect("ids").len(), 16);
 
     // A stop string in the middle of the text never shows, streamed or not.
-    let at = text.char_indices().map(|c| c.0).nth(text.chars().count() / 2).expect("text");
-    let end = text[at..].char_indices().map(|c| c.0).nth(2).map_or(text.len(), |n| at + n);
+    let at = text
+        .char_indices()
+        .map(|c| c.0)
+        .nth(text.chars().count() / 2)
+        .expect("text");
+    let end = text[at..]
+        .char_indices()
+        .map(|c| c.0)
+        .nth(2)
+        .map_or(text.len(), |n| at + n);
     let word = &text[at..end];
     let cut = &text[..text.find(word).expect("it is there")];
     for stream in [false, true] {
@@ -117,7 +155,10 @@ fn stop_strings_probabilities_and_fields() {
             }
             true => {
                 let events = reply.events();
-                let text = events.iter().filter_map(|e| e["content"].as_str()).collect();
+                let text = events
+                    .iter()
+                    .filter_map(|e| e["content"].as_str())
+                    .collect();
                 (text, events.last().expect("events").clone())
             }
         };
@@ -167,7 +208,10 @@ fn field_limits() {
     ] {
         let (kind, message) = ask(field, value.clone()).error(400);
         assert_eq!(kind, "invalid_request_error", "{field} {value}");
-        assert!(field == "grammar" || message.contains(&format!("'{field}'")), "{message}");
+        assert!(
+            field == "grammar" || message.contains(&format!("'{field}'")),
+            "{message}"
+        );
     }
     for (field, value, shown) in [
         ("temperature", json!(-1), json!(0.0)),
@@ -184,17 +228,24 @@ fn field_limits() {
     }
     // The server's own limit holds.
     let body = json!({"prompt": PROMPT, "max_tokens": 1000});
-    assert_eq!(server.post("/completion", &body).ok()["generation_settings"]["n_predict"], 24);
+    assert_eq!(
+        server.post("/completion", &body).ok()["generation_settings"]["n_predict"],
+        24
+    );
     // Zero still yields one token.
     let body = json!({"prompt": PROMPT, "n_predict": 0});
-    assert_eq!(server.post("/completion", &body).ok()["tokens_predicted"], 1);
+    assert_eq!(
+        server.post("/completion", &body).ok()["tokens_predicted"],
+        1
+    );
 }
 
 #[test]
 fn seeds_and_biases() {
     let server = tiny(&[]);
     let ask = |more: Value| {
-        let mut body = json!({"prompt": PROMPT, "n_predict": 12, "temperature": 1.5, "return_tokens": true});
+        let mut body =
+            json!({"prompt": PROMPT, "n_predict": 12, "temperature": 1.5, "return_tokens": true});
         for (key, value) in more.as_object().expect("fields") {
             body[key] = value.clone();
         }
@@ -210,14 +261,18 @@ fn seeds_and_biases() {
     }
     let body = json!({"prompt": PROMPT, "n_predict": 1, "ignore_eos": true});
     let reply = server.post("/completion", &body).ok();
-    let biases = reply["generation_settings"]["logit_bias"].as_array().expect("a list");
+    let biases = reply["generation_settings"]["logit_bias"]
+        .as_array()
+        .expect("a list");
     assert!(!biases.is_empty() && biases.iter().all(|b| b["bias"].is_null()));
 }
 
 #[test]
 fn context_ends() {
     let server = Server::start("llama-tiny", &["-c", "128", "-np", "2"]);
-    let (kind, message) = server.post("/completion", &json!({"prompt": "x ".repeat(200)})).error(400);
+    let (kind, message) = server
+        .post("/completion", &json!({"prompt": "x ".repeat(200)}))
+        .error(400);
     assert_eq!(kind, "exceed_context_size_error");
     assert!(message.contains("exceeds the available context size"));
     let body = json!({"messages": [{"role": "user", "content": "x ".repeat(200)}], "stream": true});
@@ -229,14 +284,26 @@ fn context_ends() {
 
     let body = json!({"prompt": PROMPT, "ignore_eos": true});
     let reply = server.post("/completion", &body).ok();
-    assert_eq!((&reply["truncated"], &reply["stop_type"]), (&json!(true), &json!("limit")));
+    assert_eq!(
+        (&reply["truncated"], &reply["stop_type"]),
+        (&json!(true), &json!("limit"))
+    );
     let t = &reply["timings"];
-    assert_eq!(t["prompt_n"].as_u64().zip(t["predicted_n"].as_u64()).map(|(a, b)| a + b), Some(64));
+    assert_eq!(
+        t["prompt_n"]
+            .as_u64()
+            .zip(t["predicted_n"].as_u64())
+            .map(|(a, b)| a + b),
+        Some(64)
+    );
 
     let server = Server::start("llama-tiny", &["-c", "64", "-np", "1", "--context-shift"]);
     let body = json!({"prompt": PROMPT, "ignore_eos": true, "n_predict": 100, "n_keep": 4});
     let reply = server.post("/completion", &body).ok();
-    assert_eq!((&reply["truncated"], &reply["tokens_predicted"]), (&json!(true), &json!(100)));
+    assert_eq!(
+        (&reply["truncated"], &reply["tokens_predicted"]),
+        (&json!(true), &json!(100))
+    );
 }
 
 #[test]
@@ -246,12 +313,19 @@ fn tokens_there_and_back() {
     let ids = server.post("/tokenize", &json!({"content": text})).ok();
     let back = server.post("/detokenize", &ids).ok();
     assert_eq!(back["content"].as_str().map(str::trim), Some(text));
-    let with = server.post("/tokenize", &json!({"content": text, "with_pieces": true})).ok();
+    let with = server
+        .post("/tokenize", &json!({"content": text, "with_pieces": true}))
+        .ok();
     for token in with["tokens"].as_array().expect("a list") {
         assert!(token["piece"].is_string() || token["piece"].is_array());
     }
-    assert_eq!(server.post("/tokenize", &json!({})).ok(), json!({"tokens": []}));
-    let mixed = server.post("/tokenize", &json!({"content": [1, "a", 2]})).ok();
+    assert_eq!(
+        server.post("/tokenize", &json!({})).ok(),
+        json!({"tokens": []})
+    );
+    let mixed = server
+        .post("/tokenize", &json!({"content": [1, "a", 2]}))
+        .ok();
     assert_eq!(mixed["tokens"][0], 1);
 }
 
@@ -262,7 +336,12 @@ fn openai_completion() {
     let whole = server.post("/v1/completions", &body).ok();
     assert_eq!(whole["object"], "text_completion");
     assert!(whole["id"].as_str().expect("id").starts_with("chatcmpl-"));
-    assert!(whole["system_fingerprint"].as_str().expect("text").starts_with('b'));
+    assert!(
+        whole["system_fingerprint"]
+            .as_str()
+            .expect("text")
+            .starts_with('b')
+    );
     assert_eq!(whole["choices"][0]["finish_reason"], "length");
     assert_eq!(whole["choices"][0]["logprobs"], Value::Null);
     assert_eq!(whole["usage"]["completion_tokens"], 6);
@@ -274,7 +353,10 @@ fn openai_completion() {
     let reply = server.post("/v1/completions", &body);
     assert!(reply.text().ends_with("data: [DONE]\n\n"));
     let events = reply.events();
-    let text: String = events.iter().filter_map(|e| e["choices"][0]["text"].as_str()).collect();
+    let text: String = events
+        .iter()
+        .filter_map(|e| e["choices"][0]["text"].as_str())
+        .collect();
     assert_eq!(json!(text), whole["choices"][0]["text"]);
     let last = events.last().expect("events");
     assert_eq!(last["usage"]["completion_tokens"], 6);
@@ -286,7 +368,13 @@ fn openai_completion() {
     assert_eq!(choices.len(), 4);
     for (i, choice) in choices.iter().enumerate() {
         assert_eq!(choice["index"], i);
-        assert_eq!(choice["logprobs"]["content"].as_array().expect("a list").len(), 3);
+        assert_eq!(
+            choice["logprobs"]["content"]
+                .as_array()
+                .expect("a list")
+                .len(),
+            3
+        );
     }
 }
 
@@ -308,7 +396,9 @@ fn chat_body(more: Value) -> Value {
 #[test]
 fn openai_chat() {
     let server = tiny(&[]);
-    let whole = server.post("/v1/chat/completions", &chat_body(json!({}))).ok();
+    let whole = server
+        .post("/v1/chat/completions", &chat_body(json!({})))
+        .ok();
     assert_eq!(whole["object"], "chat.completion");
     assert_eq!(whole["model"], "tiny");
     let choice = &whole["choices"][0];
@@ -320,14 +410,23 @@ fn openai_chat() {
     let reply = server.post("/chat/completions", &chat_body(more));
     assert!(reply.text().ends_with("data: [DONE]\n\n"));
     let events = reply.events();
-    assert_eq!(events[0]["choices"][0]["delta"], json!({"role": "assistant", "content": null}));
+    assert_eq!(
+        events[0]["choices"][0]["delta"],
+        json!({"role": "assistant", "content": null})
+    );
     assert!(events.iter().all(|e| e["id"] == events[0]["id"]));
     let last = events.last().expect("events");
     assert_eq!(last["choices"], json!([]));
-    assert_eq!(last["usage"], whole["usage"].clone().tap_cached(&last["usage"]));
+    assert_eq!(
+        last["usage"],
+        whole["usage"].clone().tap_cached(&last["usage"])
+    );
     assert!(last["timings"]["predicted_n"].is_number());
     let end = &events[events.len() - 2]["choices"][0];
-    assert_eq!((&end["delta"], &end["finish_reason"]), (&json!({}), &choice["finish_reason"]));
+    assert_eq!(
+        (&end["delta"], &end["finish_reason"]),
+        (&json!({}), &choice["finish_reason"])
+    );
     let mut text = String::new();
     let mut said = String::new();
     for event in &events[1..events.len() - 2] {
@@ -342,9 +441,16 @@ fn openai_chat() {
     assert_eq!(json!(text), choice["message"]["content"]);
     assert_eq!(text, said);
 
-    let two = server.post("/chat/completions", &chat_body(json!({"n": 2, "temperature": 1.0}))).ok();
+    let two = server
+        .post(
+            "/chat/completions",
+            &chat_body(json!({"n": 2, "temperature": 1.0})),
+        )
+        .ok();
     assert_eq!(two["choices"].as_array().expect("a list").len(), 2);
-    let verbose = server.post("/chat/completions", &chat_body(json!({"verbose": true}))).ok();
+    let verbose = server
+        .post("/chat/completions", &chat_body(json!({"verbose": true})))
+        .ok();
     let prompt = verbose["__verbose"]["prompt"].as_str().expect("text");
     assert!(prompt.contains("What is\nbest?"), "{prompt}");
     let applied = server.post("/apply-template", &chat_body(json!({}))).ok();
@@ -395,8 +501,11 @@ fn chats_that_are_refused() {
         let reply = server.post("/chat/completions", &chat_body(more.clone()));
         assert_eq!(reply.error(400).0, "invalid_request_error", "{more}");
     }
-    let image = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]);
-    let (kind, message) = server.post("/chat/completions", &json!({ "messages": image })).error(500);
+    let image =
+        json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]);
+    let (kind, message) = server
+        .post("/chat/completions", &json!({ "messages": image }))
+        .error(500);
     assert_eq!(kind, "server_error");
     assert!(message.contains("image input is not supported"));
     let tools = json!([{"type": "function", "function": {"name": "f"}}]);
@@ -407,14 +516,20 @@ fn chats_that_are_refused() {
 #[test]
 fn assistant_messages_are_continued() {
     let server = tiny(&["--chat-template", "llama3", "-v"]);
-    for content in [json!("Whill"), json!([{"type": "text", "text": "Wh"}, {"type": "text", "text": "ill"}])] {
+    for content in [
+        json!("Whill"),
+        json!([{"type": "text", "text": "Wh"}, {"type": "text", "text": "ill"}]),
+    ] {
         let body = json!({"max_tokens": 2, "messages": [
             {"role": "user", "content": "Hey"},
             {"role": "assistant", "content": content},
         ]});
         let reply = server.post("/chat/completions", &body).ok();
         let prompt = reply["__verbose"]["prompt"].as_str().expect("text");
-        assert!(prompt.ends_with("<|start_header_id|>assistant<|end_header_id|>\n\nWhill"), "{prompt}");
+        assert!(
+            prompt.ends_with("<|start_header_id|>assistant<|end_header_id|>\n\nWhill"),
+            "{prompt}"
+        );
     }
 }
 
@@ -423,31 +538,53 @@ fn answers_in_a_language() {
     let server = tiny(&["-n", "64"]);
     let said = |more: Value| {
         let reply = server.post("/chat/completions", &chat_body(more)).ok();
-        reply["choices"][0]["message"]["content"].as_str().expect("text").to_owned()
+        reply["choices"][0]["message"]["content"]
+            .as_str()
+            .expect("text")
+            .to_owned()
     };
     assert_eq!(said(json!({"json_schema": {"const": "42"}})), "\"42\"");
     let format = json!({"type": "json_schema", "json_schema": {"schema": {"const": "foooooo"}}});
-    assert_eq!(said(json!({"response_format": format, "max_tokens": 40})), "\"foooooo\"");
+    assert_eq!(
+        said(json!({"response_format": format, "max_tokens": 40})),
+        "\"foooooo\""
+    );
     assert_eq!(said(json!({"grammar": "root ::= \"a\"{5,5}"})), "aaaaa");
-    let object = said(json!({"response_format": {"type": "json_object"}, "max_tokens": 64, "temperature": 0.5}));
+    let object = said(
+        json!({"response_format": {"type": "json_object"}, "max_tokens": 64, "temperature": 0.5}),
+    );
     assert!(object.trim_start().starts_with('{'), "{object}");
     let body = json!({"prompt": PROMPT, "grammar": "root ::= (\"yes\" | \"no\")", "stream": true});
     let events = server.post("/completion", &body).events();
-    let text: String = events.iter().filter_map(|e| e["content"].as_str()).collect();
+    let text: String = events
+        .iter()
+        .filter_map(|e| e["content"].as_str())
+        .collect();
     assert!(text == "yes" || text == "no", "{text}");
     // A tool that must be called is called.
     let tools = json!([{"type": "function", "function": {"name": "test", "parameters": {
         "type": "object", "properties": {"success": {"type": "boolean", "const": true}}, "required": ["success"]}}}]);
     for stream in [false, true] {
-        let more = json!({"tools": tools, "tool_choice": "required", "max_tokens": 64, "stream": stream});
+        let more =
+            json!({"tools": tools, "tool_choice": "required", "max_tokens": 64, "stream": stream});
         let reply = server.post("/chat/completions", &chat_body(more));
         if stream {
             let events = reply.events();
-            let calls: Vec<&Value> = events.iter().map(|e| &e["choices"][0]["delta"]["tool_calls"][0]).filter(|c| c.is_object()).collect();
+            let calls: Vec<&Value> = events
+                .iter()
+                .map(|e| &e["choices"][0]["delta"]["tool_calls"][0])
+                .filter(|c| c.is_object())
+                .collect();
             assert_eq!(calls[0]["function"]["name"], "test");
             assert!(calls[0]["id"].is_string());
-            let arguments: String = calls.iter().filter_map(|c| c["function"]["arguments"].as_str()).collect();
-            assert_eq!(serde_json::from_str::<Value>(&arguments).expect("JSON"), json!({"success": true}));
+            let arguments: String = calls
+                .iter()
+                .filter_map(|c| c["function"]["arguments"].as_str())
+                .collect();
+            assert_eq!(
+                serde_json::from_str::<Value>(&arguments).expect("JSON"),
+                json!({"success": true})
+            );
         } else {
             let reply = reply.ok();
             let message = &reply["choices"][0]["message"];
@@ -464,7 +601,10 @@ fn progress_of_a_prompt() {
         "max_tokens": 4, "stream": true, "return_progress": true});
     for round in 0..2 {
         let events = server.post("/chat/completions", &body).events();
-        let all: Vec<&Value> = events.iter().filter_map(|e| e.get("prompt_progress")).collect();
+        let all: Vec<&Value> = events
+            .iter()
+            .filter_map(|e| e.get("prompt_progress"))
+            .collect();
         let (first, last) = (all[0], all[all.len() - 1]);
         assert_eq!(first["cache"], first["processed"]);
         assert_eq!(last["processed"], last["total"]);
@@ -486,13 +626,33 @@ fn responses_and_messages() {
     streamed["stream"] = true.into();
     let events = server.post("/v1/responses", &streamed).events();
     let kinds: Vec<&str> = events.iter().filter_map(|e| e["type"].as_str()).collect();
-    assert_eq!(kinds[..4], ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]);
+    assert_eq!(
+        kinds[..4],
+        [
+            "response.created",
+            "response.in_progress",
+            "response.output_item.added",
+            "response.content_part.added"
+        ]
+    );
     assert_eq!(kinds.last(), Some(&"response.completed"));
-    let text: String = events.iter().filter(|e| e["type"] == "response.output_text.delta").filter_map(|e| e["delta"].as_str()).collect();
+    let text: String = events
+        .iter()
+        .filter(|e| e["type"] == "response.output_text.delta")
+        .filter_map(|e| e["delta"].as_str())
+        .collect();
     assert_eq!(json!(text), item["content"][0]["text"]);
     let last = &events.last().expect("events")["response"];
     assert_eq!(last["output"][0]["content"][0]["text"], json!(text));
-    assert!(server.post("/v1/responses", &json!({"input": "x", "previous_response_id": "y"})).status == 400);
+    assert!(
+        server
+            .post(
+                "/v1/responses",
+                &json!({"input": "x", "previous_response_id": "y"})
+            )
+            .status
+            == 400
+    );
 
     let body = json!({"max_tokens": 6, "temperature": 0, "system": "S", "messages": [
         {"role": "user", "content": [{"type": "text", "text": "a"}]},
@@ -500,19 +660,37 @@ fn responses_and_messages() {
         {"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "tool_result", "tool_use_id": "t", "content": "c"}]},
     ]});
     let whole = server.post("/v1/messages", &body).ok();
-    assert_eq!((&whole["type"], &whole["content"][0]["type"]), (&json!("message"), &json!("text")));
+    assert_eq!(
+        (&whole["type"], &whole["content"][0]["type"]),
+        (&json!("message"), &json!("text"))
+    );
     assert!(whole.get("timings").is_none());
     let mut streamed = body.clone();
     streamed["stream"] = true.into();
     let events = server.post("/v1/messages", &streamed).events();
     let kinds: Vec<&str> = events.iter().filter_map(|e| e["type"].as_str()).collect();
     assert_eq!(kinds.first(), Some(&"message_start"));
-    assert_eq!(kinds[kinds.len() - 3..], ["content_block_stop", "message_delta", "message_stop"]);
-    let text: String = events.iter().filter_map(|e| e["delta"]["text"].as_str()).collect();
+    assert_eq!(
+        kinds[kinds.len() - 3..],
+        ["content_block_stop", "message_delta", "message_stop"]
+    );
+    let text: String = events
+        .iter()
+        .filter_map(|e| e["delta"]["text"].as_str())
+        .collect();
     assert_eq!(json!(text), whole["content"][0]["text"]);
-    assert!(server.post("/v1/messages/count_tokens", &body).ok()["input_tokens"].as_u64() > Some(0));
-    assert!(server.post("/v1/messages", &json!({"max_tokens": 1})).status >= 400);
-    server.post("/v1/messages", &json!({"max_tokens": 1, "messages": []})).ok();
+    assert!(
+        server.post("/v1/messages/count_tokens", &body).ok()["input_tokens"].as_u64() > Some(0)
+    );
+    assert!(
+        server
+            .post("/v1/messages", &json!({"max_tokens": 1}))
+            .status
+            >= 400
+    );
+    server
+        .post("/v1/messages", &json!({"max_tokens": 1, "messages": []}))
+        .ok();
 }
 
 #[test]
@@ -523,43 +701,105 @@ fn keys_origins_and_unknown_paths() {
     }
     for closed in ["/v1/models", "/props", "/slots", "/nothing"] {
         let (kind, message) = server.get(closed).error(401);
-        assert_eq!((kind.as_str(), message.as_str()), ("authentication_error", "Invalid API Key"));
+        assert_eq!(
+            (kind.as_str(), message.as_str()),
+            ("authentication_error", "Invalid API Key")
+        );
     }
-    let with = |name: &str, value: &str| server.send("GET", "/v1/models", &[(name, value)], b"").status;
+    let with = |name: &str, value: &str| {
+        server
+            .send("GET", "/v1/models", &[(name, value)], b"")
+            .status
+    };
     assert_eq!(with("Authorization", "Bearer two"), 200);
     assert_eq!(with("Authorization", "one"), 200);
     assert_eq!(with("X-Api-Key", "one"), 200);
     assert_eq!(with("X-Api-Key", "on"), 401);
     assert_eq!(with("Authorization", "Bearer "), 401);
 
-    let origin = [("Origin", "https://example.org"), ("Access-Control-Request-Method", "POST")];
+    let origin = [
+        ("Origin", "https://example.org"),
+        ("Access-Control-Request-Method", "POST"),
+    ];
     let reply = server.send("OPTIONS", "/completions", &origin, b"");
     assert_eq!((reply.status, reply.body.len()), (200, 0));
-    assert_eq!(reply.header("access-control-allow-origin"), Some("https://example.org"));
-    assert_eq!(reply.header("access-control-allow-credentials"), Some("true"));
-    assert_eq!(reply.header("access-control-allow-methods"), Some("GET, POST, DELETE, OPTIONS"));
+    assert_eq!(
+        reply.header("access-control-allow-origin"),
+        Some("https://example.org")
+    );
+    assert_eq!(
+        reply.header("access-control-allow-credentials"),
+        Some("true")
+    );
+    assert_eq!(
+        reply.header("access-control-allow-methods"),
+        Some("GET, POST, DELETE, OPTIONS")
+    );
     assert_eq!(reply.header("access-control-allow-headers"), Some("*"));
 
-    let server = Server::start("llama-tiny", &["-c", "256", "--no-ui", "--no-slots", "--cors-origins", "localhost"]);
-    for (method, path) in [("GET", "/nothing"), ("GET", "/"), ("GET", "/completion"), ("DELETE", "/health"), ("POST", "/slots/0/nothing")] {
+    let server = Server::start(
+        "llama-tiny",
+        &[
+            "-c",
+            "256",
+            "--no-ui",
+            "--no-slots",
+            "--cors-origins",
+            "localhost",
+        ],
+    );
+    for (method, path) in [
+        ("GET", "/nothing"),
+        ("GET", "/"),
+        ("GET", "/completion"),
+        ("DELETE", "/health"),
+        ("POST", "/slots/0/nothing"),
+    ] {
         let (kind, message) = server.send(method, path, &[], b"").error(404);
-        assert_eq!((kind.as_str(), message.as_str()), ("not_found_error", "File Not Found"), "{method} {path}");
+        assert_eq!(
+            (kind.as_str(), message.as_str()),
+            ("not_found_error", "File Not Found"),
+            "{method} {path}"
+        );
     }
-    for (origin, allowed) in [("http://localhost:3000", true), ("http://127.0.0.1", true), ("https://evil.example", false), ("http://localhost.evil.example", false)] {
+    for (origin, allowed) in [
+        ("http://localhost:3000", true),
+        ("http://127.0.0.1", true),
+        ("https://evil.example", false),
+        ("http://localhost.evil.example", false),
+    ] {
         let reply = server.send("GET", "/health", &[("Origin", origin)], b"");
-        assert_eq!(reply.header("access-control-allow-origin").is_some(), allowed, "{origin}");
+        assert_eq!(
+            reply.header("access-control-allow-origin").is_some(),
+            allowed,
+            "{origin}"
+        );
     }
     for (path, flag) in [("/slots", "--slots"), ("/metrics", "--metrics")] {
         let (kind, message) = server.get(path).error(501);
         assert_eq!(kind, "not_supported_error");
         assert!(message.contains(flag));
     }
-    for (path, flag) in [("/embedding", "--embeddings"), ("/v1/rerank", "--reranking"), ("/props", "--props"), ("/slots/0?action=save", "--slot-save-path")] {
+    for (path, flag) in [
+        ("/embedding", "--embeddings"),
+        ("/v1/rerank", "--reranking"),
+        ("/props", "--props"),
+        ("/slots/0?action=save", "--slot-save-path"),
+    ] {
         let (kind, message) = server.post(path, &json!({})).error(501);
         assert_eq!(kind, "not_supported_error");
         assert!(message.contains(flag), "{message}");
     }
-    assert_eq!(server.post("/infill", &json!({"input_prefix": "a", "input_suffix": "b"})).error(501).0, "not_supported_error");
+    assert_eq!(
+        server
+            .post(
+                "/infill",
+                &json!({"input_prefix": "a", "input_suffix": "b"})
+            )
+            .error(501)
+            .0,
+        "not_supported_error"
+    );
 }
 
 #[test]
@@ -567,16 +807,29 @@ fn models_and_properties() {
     let server = tiny(&["--tags", "x,y", "--alias", "b,a"]);
     let models = server.get("/v1/models").ok();
     let model = &models["data"][0];
-    assert_eq!((&model["id"], &model["aliases"]), (&json!("a"), &json!(["a", "b"])));
+    assert_eq!(
+        (&model["id"], &model["aliases"]),
+        (&json!("a"), &json!(["a", "b"]))
+    );
     assert_eq!(model["tags"], json!(["x", "y"]));
     assert_eq!(model["meta"]["n_ctx"], 256);
     let props = server.get("/props").ok();
     assert_eq!(props["total_slots"], 2);
     assert_eq!(props["default_generation_settings"]["n_ctx"], 256);
     assert_eq!(props["default_generation_settings"]["params"]["seed"], 42);
-    assert!(props["model_path"].as_str().expect("text").ends_with(".gguf"));
+    assert!(
+        props["model_path"]
+            .as_str()
+            .expect("text")
+            .ends_with(".gguf")
+    );
     assert_eq!(props["memory"]["name"], "full");
-    assert!(props["chat_template"].as_str().expect("text").contains("start_header_id"));
+    assert!(
+        props["chat_template"]
+            .as_str()
+            .expect("text")
+            .contains("start_header_id")
+    );
 }
 
 #[test]
@@ -594,7 +847,10 @@ fn every_route_is_described_and_every_description_answers() {
     }
     assert!(n > 40, "{n} operations");
     for name in ["n_predict", "temperature", "stop", "memory", "max_tokens"] {
-        assert!(document["components"]["schemas"]["Generation"]["properties"][name].is_object(), "{name}");
+        assert!(
+            document["components"]["schemas"]["Generation"]["properties"][name].is_object(),
+            "{name}"
+        );
     }
 }
 
@@ -613,13 +869,25 @@ fn slots_files_and_memory() {
     let first = ask(1, "What is the capital of France?");
     assert_eq!(first["id_slot"], 1);
     let n = first["tokens_evaluated"].as_u64().expect("a number") + 7;
-    let saved = server.post("/slots/1?action=save", &json!({"filename": "slot1.bin"})).ok();
-    assert_eq!((&saved["n_saved"], &saved["id_slot"]), (&json!(n), &json!(1)));
-    let size = std::fs::metadata(dir.path().join("slot1.bin")).expect("a file").len();
+    let saved = server
+        .post("/slots/1?action=save", &json!({"filename": "slot1.bin"}))
+        .ok();
+    assert_eq!(
+        (&saved["n_saved"], &saved["id_slot"]),
+        (&json!(n), &json!(1))
+    );
+    let size = std::fs::metadata(dir.path().join("slot1.bin"))
+        .expect("a file")
+        .len();
     assert_eq!(saved["n_written"], size);
     let changed = ask(1, "What is the capital of Germany?");
-    let restored = server.post("/slots/0?action=restore", &json!({"filename": "slot1.bin"})).ok();
-    assert_eq!((&restored["n_restored"], &restored["n_read"]), (&json!(n), &json!(size)));
+    let restored = server
+        .post("/slots/0?action=restore", &json!({"filename": "slot1.bin"}))
+        .ok();
+    assert_eq!(
+        (&restored["n_restored"], &restored["n_read"]),
+        (&json!(n), &json!(size))
+    );
     // The same part is read again from the restored slot, and the text is the same.
     let again = ask(0, "What is the capital of Germany?");
     assert_eq!(again["timings"]["prompt_n"], changed["timings"]["prompt_n"]);
@@ -629,36 +897,92 @@ fn slots_files_and_memory() {
     assert!(view[0]["params"]["temperature"].is_number());
     let erased = server.post("/slots/0?action=erase", &json!({})).ok();
     assert_eq!(erased["n_erased"], again["tokens_cached"]);
-    assert_eq!(ask(0, "What is the capital of Germany?")["timings"]["cache_n"], 0);
+    assert_eq!(
+        ask(0, "What is the capital of Germany?")["timings"]["cache_n"],
+        0
+    );
 
     for bad in ["../evil.bin", "sub/evil.bin", "..", ""] {
         for action in ["save", "restore"] {
-            let reply = server.post(&format!("/slots/0?action={action}"), &json!({ "filename": bad }));
+            let reply = server.post(
+                &format!("/slots/0?action={action}"),
+                &json!({ "filename": bad }),
+            );
             assert_eq!(reply.error(400).1, "Invalid filename", "{bad}");
         }
     }
-    assert_eq!(server.post("/slots/abc?action=save", &json!({"filename": "x"})).error(400).1, "Invalid slot ID");
-    assert_eq!(server.post("/slots/-1?action=save", &json!({"filename": "x"})).error(400).1, "Invalid slot ID");
-    assert_eq!(server.post("/slots/0?action=frob", &json!({"filename": "x"})).error(400).1, "Invalid action");
+    assert_eq!(
+        server
+            .post("/slots/abc?action=save", &json!({"filename": "x"}))
+            .error(400)
+            .1,
+        "Invalid slot ID"
+    );
+    assert_eq!(
+        server
+            .post("/slots/-1?action=save", &json!({"filename": "x"}))
+            .error(400)
+            .1,
+        "Invalid slot ID"
+    );
+    assert_eq!(
+        server
+            .post("/slots/0?action=frob", &json!({"filename": "x"}))
+            .error(400)
+            .1,
+        "Invalid action"
+    );
     // A broken file is refused and changes nothing.
     let file = dir.path().join("slot1.bin");
     let bytes = std::fs::read(&file).expect("the file");
     for broken in [&bytes[..16], &bytes[..bytes.len() - 1], &[][..]] {
         std::fs::write(dir.path().join("broken.bin"), broken).expect("written");
-        let reply = server.post("/slots/0?action=restore", &json!({"filename": "broken.bin"}));
+        let reply = server.post(
+            "/slots/0?action=restore",
+            &json!({"filename": "broken.bin"}),
+        );
         assert!(reply.error(400).1.contains("Unable to restore slot"));
     }
-    assert_eq!(server.post("/slots/0?action=restore", &json!({"filename": "absent.bin"})).status, 400);
+    assert_eq!(
+        server
+            .post(
+                "/slots/0?action=restore",
+                &json!({"filename": "absent.bin"})
+            )
+            .status,
+        400
+    );
 
     let metrics = server.get("/metrics");
-    assert_eq!(metrics.header("content-type"), Some("text/plain; version=0.0.4"));
+    assert_eq!(
+        metrics.header("content-type"),
+        Some("text/plain; version=0.0.4")
+    );
     assert!(metrics.header("process-start-time-unix").is_some());
     let text = metrics.text();
-    for name in ["llamacpp:prompt_tokens_total", "llamacpp:tokens_predicted_total", "llamacpp:requests_processing", "mneme:memory_bytes{slot=\"0\",memory=\"full\"}"] {
+    for name in [
+        "llamacpp:prompt_tokens_total",
+        "llamacpp:tokens_predicted_total",
+        "llamacpp:requests_processing",
+        "mneme:memory_bytes{slot=\"0\",memory=\"full\"}",
+    ] {
         let row = text.lines().find(|l| l.starts_with(name)).expect(name);
-        assert!(row.rsplit(' ').next().expect("a value").parse::<f64>().is_ok(), "{row}");
+        assert!(
+            row.rsplit(' ')
+                .next()
+                .expect("a value")
+                .parse::<f64>()
+                .is_ok(),
+            "{row}"
+        );
     }
-    assert!(!dir.path().parent().expect("a parent").join("evil.bin").exists());
+    assert!(
+        !dir.path()
+            .parent()
+            .expect("a parent")
+            .join("evil.bin")
+            .exists()
+    );
 }
 
 #[test]
@@ -695,8 +1019,17 @@ fn memories_over_the_wire() {
     assert_eq!(ask(None)["content"], own["content"]);
     let full = ask(Some("full"));
     assert_eq!(full["timings"]["memory"]["name"], "full");
-    assert_eq!(server.post("/completion", &json!({"prompt": "x", "memory": "ahn"})).error(400).0, "invalid_request_error");
-    assert_eq!(server.get("/slots/9/memory").error(400).1, "Invalid slot ID");
+    assert_eq!(
+        server
+            .post("/completion", &json!({"prompt": "x", "memory": "ahn"}))
+            .error(400)
+            .0,
+        "invalid_request_error"
+    );
+    assert_eq!(
+        server.get("/slots/9/memory").error(400).1,
+        "Invalid slot ID"
+    );
 }
 
 #[test]
@@ -726,8 +1059,14 @@ fn loading_signals_and_sockets() {
     // A signal: status 0, even while an answer is being written.
     let mut server = server;
     let mut stream = server.connect();
-    let body = json!({"prompt": PROMPT, "n_predict": -1, "ignore_eos": true, "stream": true}).to_string();
-    write!(stream, "POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}", body.len()).expect("sent");
+    let body =
+        json!({"prompt": PROMPT, "n_predict": -1, "ignore_eos": true, "stream": true}).to_string();
+    write!(
+        stream,
+        "POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .expect("sent");
     let mut some = [0; 16];
     stream.read_exact(&mut some).expect("it answers");
     server.signal("TERM");
@@ -735,16 +1074,24 @@ fn loading_signals_and_sockets() {
 
     // A Unix socket, and its removal.
     let path = dir.path().join("s.sock");
-    let mut server = Server::launch(&model("llama-tiny"), &["--host", path.to_str().expect("UTF-8"), "-c", "256"]);
+    let mut server = Server::launch(
+        &model("llama-tiny"),
+        &["--host", path.to_str().expect("UTF-8"), "-c", "256"],
+    );
     let reply = loop {
         let mut stream = std::os::unix::net::UnixStream::connect(&path).expect("it listens");
-        stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("sent");
+        stream
+            .write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            .expect("sent");
         let reply = read_reply(stream);
         if reply.status == 200 {
             break reply;
         }
         // Until the model is there, every route says so.
-        assert_eq!(reply.error(503), ("unavailable_error".into(), "Loading model".into()));
+        assert_eq!(
+            reply.error(503),
+            ("unavailable_error".into(), "Loading model".into())
+        );
         std::thread::sleep(Duration::from_millis(10));
     };
     assert_eq!(reply.json(), json!({"status": "ok"}));

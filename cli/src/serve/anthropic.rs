@@ -39,7 +39,14 @@ fn to_chat(body: &Value) -> ApiResult<Value> {
         add_message(&mut chat, message)?;
     }
     let mut out: Map<String, Value> = body.as_object().cloned().unwrap_or_default();
-    for name in ["system", "tools", "tool_choice", "thinking", "metadata", "stop_sequences"] {
+    for name in [
+        "system",
+        "tools",
+        "tool_choice",
+        "thinking",
+        "metadata",
+        "stop_sequences",
+    ] {
         out.remove(name);
     }
     out.insert("messages".into(), chat.into());
@@ -237,7 +244,9 @@ impl Messages {
 
 impl Protocol for Messages {
     fn reply(&mut self, answers: Vec<Finished>) -> ApiResult<Value> {
-        let answer = answers.first().ok_or_else(|| ApiError::server("no answer"))?;
+        let answer = answers
+            .first()
+            .ok_or_else(|| ApiError::server("no answer"))?;
         let mut reader = Reader::new(self.format.clone(), || new_id("toolu_"));
         reader.push(&answer.text, true);
         let message = reader.message();

@@ -3,6 +3,7 @@
 use super::args::Args;
 use super::errors::{ApiError, ApiResult};
 use mneme_engine::chat::ChatTemplate;
+use mneme_engine::grammar::GrammarVocab;
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::scheduler::{Command, Handle, Reply};
 use mneme_engine::{Model, Sequence, SequenceOptions};
@@ -31,6 +32,8 @@ pub struct App {
     pub memory: MemorySpec,
     /// Seconds since 1970 when the process started.
     pub started: u64,
+    /// The vocabulary as grammars need it, made when the first one comes.
+    pub grammar_vocab: std::sync::OnceLock<Result<GrammarVocab, String>>,
     /// Totals at the last scrape of /metrics.
     pub scraped: std::sync::Mutex<super::metrics::Scrape>,
 }
@@ -53,6 +56,14 @@ impl App {
             Some(alias) => alias.clone(),
             None => self.model.path.display().to_string(),
         }
+    }
+
+    /// What turns grammars into languages of this vocabulary.
+    pub fn grammars(&self) -> ApiResult<&GrammarVocab> {
+        let made = self
+            .grammar_vocab
+            .get_or_init(|| GrammarVocab::new(&self.model.tokenizer).map_err(|e| e.to_string()));
+        made.as_ref().map_err(ApiError::unsupported)
     }
 
     /// Asks the scheduler something and waits for the answer.

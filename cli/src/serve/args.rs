@@ -527,10 +527,33 @@ mod tests {
     #[test]
     fn flags_as_the_suite_gives_them() {
         let args = parse(&[
-            "--port", "8081", "--temp", "0.8", "--seed", "42", "--host", "127.0.0.1", "--offline",
-            "--model", "m.gguf", "--batch-size", "32", "--no-slots", "--alias", "b,a", "--ctx-size",
-            "512", "--parallel", "2", "--n-predict", "64", "--no-jinja", "--backend_sampling",
-            "-fa", "on", "--verbose",
+            "--port",
+            "8081",
+            "--temp",
+            "0.8",
+            "--seed",
+            "42",
+            "--host",
+            "127.0.0.1",
+            "--offline",
+            "--model",
+            "m.gguf",
+            "--batch-size",
+            "32",
+            "--no-slots",
+            "--alias",
+            "b,a",
+            "--ctx-size",
+            "512",
+            "--parallel",
+            "2",
+            "--n-predict",
+            "64",
+            "--no-jinja",
+            "--backend_sampling",
+            "-fa",
+            "on",
+            "--verbose",
         ]);
         let args = args.expect("these are all flags");
         assert_eq!((args.port, args.n_batch, args.n_ctx), (8081, 32, 512));

@@ -7,7 +7,7 @@ use super::generate::{self, Generation};
 use super::output::{Format, THOUGHTS, ToolFormat};
 use super::prompt::NO_IMAGES;
 use mneme_engine::chat::{Error as TemplateError, RenderInput};
-use mneme_engine::scheduler::Grammar;
+use mneme_engine::grammar::Grammar;
 use serde_json::{Map, Value, json};
 
 /// A rendered conversation.
@@ -51,7 +51,8 @@ fn messages(app: &App, body: &Value) -> ApiResult<Vec<Value>> {
             Some(Value::Array(parts)) => {
                 for part in parts {
                     match part.get("type").and_then(Value::as_str) {
-                        Some("text" | "input_text" | "output_text") if part["text"].is_string() => {}
+                        Some("text" | "input_text" | "output_text") if part["text"].is_string() => {
+                        }
                         Some("image_url" | "input_image" | "image") => {
                             return Err(ApiError::server(NO_IMAGES));
                         }
@@ -103,7 +104,11 @@ fn tools(app: &App, body: &Value) -> ApiResult<(Vec<Value>, bool)> {
         },
         Some(choice) => {
             let name = &choice["function"]["name"];
-            let one: Vec<Value> = all.iter().filter(|t| t["function"]["name"] == *name).cloned().collect();
+            let one: Vec<Value> = all
+                .iter()
+                .filter(|t| t["function"]["name"] == *name)
+                .cloned()
+                .collect();
             match one.is_empty() {
                 true => Err(wrong("tool_choice", "a tool of the list", choice)),
                 false => Ok((one, true)),
@@ -168,7 +173,11 @@ pub fn render(app: &App, body: &Value) -> ApiResult<Rendered> {
             "add_generation_prompt and continue_final_message cannot both be true",
         ));
     }
-    let has_calls = |m: &Value| get(m, "tool_calls").and_then(Value::as_array).is_some_and(|c| !c.is_empty());
+    let has_calls = |m: &Value| {
+        get(m, "tool_calls")
+            .and_then(Value::as_array)
+            .is_some_and(|c| !c.is_empty())
+    };
     let goes_on = last_is_assistant
         && (explicit || app.args.prefill_assistant)
         && !messages.last().is_some_and(has_calls);
@@ -260,7 +269,7 @@ fn describe_tools(messages: &mut Vec<Value>, tools: &[Value]) {
 }
 
 /// The language that `response_format` asks for.
-fn response_format(body: &Value) -> ApiResult<Option<Grammar>> {
+fn response_format(app: &App, body: &Value) -> ApiResult<Option<Grammar>> {
     let Some(format) = get(body, "response_format") else {
         return Ok(None);
     };
@@ -271,7 +280,13 @@ fn response_format(body: &Value) -> ApiResult<Option<Grammar>> {
             Some(schema) => schema.clone(),
         },
         Some("json_schema") => match get(&format["json_schema"], "schema") {
-            None => return Err(wrong("response_format", "a json_schema with a schema", format)),
+            None => {
+                return Err(wrong(
+                    "response_format",
+                    "a json_schema with a schema",
+                    format,
+                ));
+            }
             Some(schema) => schema.clone(),
         },
         _ => {
@@ -281,11 +296,11 @@ fn response_format(body: &Value) -> ApiResult<Option<Grammar>> {
             )));
         }
     };
-    generate::schema_grammar(&schema).map(Some)
+    generate::schema_grammar(app, &schema).map(Some)
 }
 
-/// The language of exactly one call of one of `tools`.
-fn call_grammar(tools: &[Value], format: ToolFormat) -> Grammar {
+/// The schema of exactly one call of one of `tools`.
+fn call_schema(tools: &[Value], format: ToolFormat) -> Value {
     let arguments = match format {
         ToolFormat::Llama => "parameters",
         _ => "arguments",
@@ -293,7 +308,9 @@ fn call_grammar(tools: &[Value], format: ToolFormat) -> Grammar {
     let calls: Vec<Value> = (tools.iter())
         .map(|tool| {
             let f = &tool["function"];
-            let parameters = get(f, "parameters").cloned().unwrap_or(json!({"type": "object"}));
+            let parameters = get(f, "parameters")
+                .cloned()
+                .unwrap_or(json!({"type": "object"}));
             json!({
                 "type": "object",
                 "properties": {"name": {"const": f["name"]}, arguments: parameters},
@@ -302,10 +319,10 @@ fn call_grammar(tools: &[Value], format: ToolFormat) -> Grammar {
             })
         })
         .collect();
-    Grammar::JsonSchema(match calls.len() {
+    match calls.len() {
         1 => calls.into_iter().next().unwrap_or_default(),
         _ => json!({"anyOf": calls}),
-    })
+    }
 }
 
 /// Reads a chat request.
@@ -314,49 +331,53 @@ pub fn read(app: &App, body: &Value) -> ApiResult<Chat> {
     let mut generation = Generation::read(app, &without_logprobs(body))?;
     let has = |name: &str| get(body, name).is_some_and(|v| v != "");
     if !rendered.tools.is_empty() && has("grammar") {
-        return Err(ApiError::invalid("Cannot use custom grammar constraints with tools."));
+        return Err(ApiError::invalid(
+            "Cannot use custom grammar constraints with tools.",
+        ));
     }
     if has("grammar") && has("json_schema") {
         return Err(ApiError::invalid(
             "Either \"json_schema\" or \"grammar\" can be specified, but not both",
         ));
     }
-    if let Some(grammar) = response_format(body)? {
+    if let Some(grammar) = response_format(app, body)? {
         if has("grammar") {
             return Err(ApiError::invalid(
                 "Either \"response_format\" or \"grammar\" can be specified, but not both",
             ));
         }
-        generate::check_grammar(app, &grammar)?;
         generation.grammar = Some(grammar);
     }
-    let wants = fields::flag(body, "logprobs", false).or_else(|e| {
-        match get(body, "logprobs") {
-            Some(n) if n.is_number() => Ok(true),
-            _ => Err(e),
-        }
+    let wants = fields::flag(body, "logprobs", false).or_else(|e| match get(body, "logprobs") {
+        Some(n) if n.is_number() => Ok(true),
+        _ => Err(e),
     })?;
     match (wants, get(body, "top_logprobs")) {
         (false, Some(_)) => {
-            return Err(ApiError::invalid("top_logprobs requires logprobs to be set to true"));
+            return Err(ApiError::invalid(
+                "top_logprobs requires logprobs to be set to true",
+            ));
         }
         (false, None) => {}
         (true, top) => {
             let n = match top {
                 None => 20,
-                Some(n) => n.as_u64().ok_or_else(|| wrong("top_logprobs", "a whole number", n))?,
+                Some(n) => n
+                    .as_u64()
+                    .ok_or_else(|| wrong("top_logprobs", "a whole number", n))?,
             };
             generation.settings.0.insert("n_probs".into(), n.into());
         }
     }
     let mut format = rendered.format;
     if wants && format.tools.is_some() && generation.settings.is("stream") {
-        return Err(ApiError::invalid("logprobs is not supported with tools + stream"));
+        return Err(ApiError::invalid(
+            "logprobs is not supported with tools + stream",
+        ));
     }
     if let (true, Some(tools)) = (rendered.must_call, format.tools) {
-        let grammar = call_grammar(&rendered.tools, tools);
-        generate::check_grammar(app, &grammar)?;
-        generation.grammar = Some(grammar);
+        let schema = call_schema(&rendered.tools, tools);
+        generation.grammar = Some(generate::schema_grammar(app, &schema)?);
         // The answer is the bare call.
         format.tools = Some(ToolFormat::Llama);
         format.open = None;

@@ -50,13 +50,21 @@ impl ApiError {
     /// 408: the body did not come in time.
     pub fn too_slow() -> ApiError {
         let message = "the request body did not arrive in time";
-        ApiError::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
+        ApiError::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "invalid_request_error",
+            message,
+        )
     }
 
     /// 413.
     pub fn too_large(limit: usize) -> ApiError {
         let message = format!("the request body is larger than {limit} bytes");
-        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+        ApiError::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "invalid_request_error",
+            message,
+        )
     }
 
     /// 500.

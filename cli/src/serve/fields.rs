@@ -90,8 +90,16 @@ const FIELDS: &[Field] = fields! {
 
 /// Fields that are not part of `generation_settings`.
 const NOT_ECHOED: &[&str] = &[
-    "cache_prompt", "return_tokens", "return_progress", "response_fields", "id_slot", "n_cmpl",
-    "sse_ping_interval", "n_indent", "t_max_predict_ms", "n_cache_reuse",
+    "cache_prompt",
+    "return_tokens",
+    "return_progress",
+    "response_fields",
+    "id_slot",
+    "n_cmpl",
+    "sse_ping_interval",
+    "n_indent",
+    "t_max_predict_ms",
+    "n_cache_reuse",
 ];
 
 /// Names of the sampling filters and their letters, in the default order.
@@ -100,7 +108,11 @@ const SAMPLERS: &[(&str, char, &[&str])] = &[
     ("dry", 'd', &[]),
     ("top_n_sigma", 's', &["top-n-sigma"]),
     ("top_k", 'k', &["top-k", "topk"]),
-    ("typ_p", 'y', &["typical-p", "typical_p", "typical", "typ-p", "typ"]),
+    (
+        "typ_p",
+        'y',
+        &["typical-p", "typical_p", "typical", "typ-p", "typ"],
+    ),
     ("top_p", 'p', &["top-p", "topp", "nucleus"]),
     ("min_p", 'm', &["min-p", "minp"]),
     ("xtc", 'x', &[]),
@@ -135,7 +147,12 @@ fn samplers(value: &Value) -> ApiResult<Value> {
 pub fn wrong(name: &str, expected: &str, got: &Value) -> ApiError {
     let mut got = got.to_string();
     if got.len() > 80 {
-        got.truncate((0..=80).rev().find(|n| got.is_char_boundary(*n)).unwrap_or(0));
+        got.truncate(
+            (0..=80)
+                .rev()
+                .find(|n| got.is_char_boundary(*n))
+                .unwrap_or(0),
+        );
         got.push_str("...");
     }
     ApiError::invalid(format!("Field '{name}': expected {expected}, got {got}"))
@@ -212,7 +229,11 @@ pub struct Settings(pub Map<String, Value>);
 impl Settings {
     /// Reads the settings of `body`; `defaults` (same names) stand in for what it leaves out.
     /// The server's `n_predict` is also the most a request may ask for.
-    pub fn read(body: &Value, defaults: &Map<String, Value>, vocab: &Tokenizer) -> ApiResult<Settings> {
+    pub fn read(
+        body: &Value,
+        defaults: &Map<String, Value>,
+        vocab: &Tokenizer,
+    ) -> ApiResult<Settings> {
         let mut out = Map::new();
         for field in FIELDS {
             let asked = std::iter::once(&field.name)
@@ -235,7 +256,10 @@ impl Settings {
             Some(n) => n as u32,
         };
         out.insert("seed".into(), seed.into());
-        let most = defaults.get("n_predict").and_then(Value::as_i64).unwrap_or(-1);
+        let most = defaults
+            .get("n_predict")
+            .and_then(Value::as_i64)
+            .unwrap_or(-1);
         if let Some(n) = out["n_predict"].as_i64()
             && most >= 0
             && (n < 0 || n > most)
@@ -311,8 +335,13 @@ impl Settings {
         let mut out = self.echo();
         if let Some(out) = out.as_object_mut() {
             for name in [
-                "stop", "grammar", "logit_bias", "grammar_triggers", "preserved_tokens",
-                "grammar_lazy", "dry_sequence_breakers",
+                "stop",
+                "grammar",
+                "logit_bias",
+                "grammar_triggers",
+                "preserved_tokens",
+                "grammar_lazy",
+                "dry_sequence_breakers",
             ] {
                 out.remove(name);
             }
@@ -401,11 +430,21 @@ pub fn schema() -> Map<String, Value> {
         }
     }
     let strings = json!({"type": "array", "items": {"type": "string"}});
-    out.insert("stop".into(), json!({"anyOf": [{"type": "string"}, strings]}));
-    out.insert("samplers".into(), json!({"anyOf": [{"type": "string"}, strings]}));
+    out.insert(
+        "stop".into(),
+        json!({"anyOf": [{"type": "string"}, strings]}),
+    );
+    out.insert(
+        "samplers".into(),
+        json!({"anyOf": [{"type": "string"}, strings]}),
+    );
     out.insert("logit_bias".into(), json!({"type": ["array", "object"]}));
     out.insert("json_schema".into(), json!({}));
-    let about = "Memory of the slot: NAME[:key=value,...]; another one than the slot has makes it anew";
-    out.insert("memory".into(), json!({"type": "string", "description": about}));
+    let about =
+        "Memory of the slot: NAME[:key=value,...]; another one than the slot has makes it anew";
+    out.insert(
+        "memory".into(),
+        json!({"type": "string", "description": about}),
+    );
     out
 }

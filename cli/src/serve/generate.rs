@@ -6,11 +6,12 @@ use super::fields::{self, Settings};
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use mneme_engine::grammar::Grammar;
 use mneme_engine::memory::Stats;
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::sampler::SamplerParams;
 use mneme_engine::scheduler::{
-    Event, Finished, Grammar, Head, Job, Params, Piece, Stop, Timings, TokenProbs,
+    Event, Finished, Head, Job, Params, Piece, Stop, Timings, TokenProbs,
 };
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -149,29 +150,25 @@ impl Generation {
 fn grammar(app: &App, body: &Value, settings: &Settings) -> ApiResult<Option<Grammar>> {
     let own = settings.0["grammar"].as_str().filter(|g| !g.is_empty());
     let schema = fields::get(body, "json_schema").or_else(|| app.args.defaults.get("json_schema"));
-    let source = match (own, schema) {
-        (Some(text), _) => Grammar::Gbnf(text.to_owned()),
-        (None, Some(schema)) => schema_grammar(schema)?,
-        (None, None) => return Ok(None),
-    };
-    check_grammar(app, &source)?;
-    Ok(Some(source))
-}
-
-/// The language of JSON texts that `schema` accepts; an empty schema means any object.
-pub fn schema_grammar(schema: &Value) -> ApiResult<Grammar> {
-    match schema {
-        Value::Object(o) if o.is_empty() => Ok(Grammar::JsonSchema(json!({"type": "object"}))),
-        Value::Object(_) | Value::Bool(true) => Ok(Grammar::JsonSchema(schema.clone())),
-        other => Err(fields::wrong("json_schema", "a schema object", other)),
+    match (own, schema) {
+        (Some(text), _) => app.grammars()?.gbnf(text).map(Some).map_err(|e| refuse(&e)),
+        (None, Some(schema)) => schema_grammar(app, schema).map(Some),
+        (None, None) => Ok(None),
     }
 }
 
-/// Refuses a grammar that cannot be used.
-pub fn check_grammar(app: &App, source: &Grammar) -> ApiResult<()> {
-    mneme_engine::grammar::Grammar::new(source, &app.model.tokenizer)
-        .map(drop)
-        .map_err(|e| ApiError::invalid(format!("Failed to parse grammar: {e}")))
+fn refuse(e: &mneme_engine::grammar::Error) -> ApiError {
+    ApiError::invalid(format!("Failed to parse grammar: {e}"))
+}
+
+/// The language of JSON texts that `schema` accepts; an empty schema means any object.
+pub fn schema_grammar(app: &App, schema: &Value) -> ApiResult<Grammar> {
+    match schema {
+        Value::Object(_) | Value::Bool(true) => {
+            app.grammars()?.json_schema(schema).map_err(|e| refuse(&e))
+        }
+        other => Err(fields::wrong("json_schema", "a schema object", other)),
+    }
 }
 
 struct CancelGuard(Arc<AtomicBool>);
@@ -256,7 +253,11 @@ pub fn json_reply(value: &Value) -> Response {
 }
 
 /// Runs a generation and answers in the form of `protocol`, streamed or whole.
-pub async fn answer(app: &App, generation: &Generation, mut protocol: impl Protocol) -> ApiResult<Response> {
+pub async fn answer(
+    app: &App,
+    generation: &Generation,
+    mut protocol: impl Protocol,
+) -> ApiResult<Response> {
     let mut answers = generation.submit(app)?;
     if !generation.settings.is("stream") {
         let answers = answers.all().await?;
@@ -287,7 +288,10 @@ pub async fn answer(app: &App, generation: &Generation, mut protocol: impl Proto
     });
     let mut response = Body::from_stream(stream).into_response();
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream"),
+    );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert("X-Accel-Buffering", HeaderValue::from_static("no"));
     Ok(response)

@@ -113,7 +113,9 @@ pub fn router(front: &Arc<Front>) -> Router {
         };
         for path in route.paths {
             let path = format!("{}{path}", front.args.api_prefix);
-            let handler = move |State(front): State<Arc<Front>>, params: RawPathParams, request: Request| async move {
+            let handler = move |State(front): State<Arc<Front>>,
+                                params: RawPathParams,
+                                request: Request| async move {
                 match run(&front, route, &params, request).await {
                     Ok(response) => response,
                     Err(e) => e.into_response(),
@@ -130,7 +132,12 @@ pub fn router(front: &Arc<Front>) -> Router {
         .with_state(Arc::clone(front))
 }
 
-async fn run(front: &Front, route: &'static Route, params: &RawPathParams, request: Request) -> ApiResult<Response> {
+async fn run(
+    front: &Front,
+    route: &'static Route,
+    params: &RawPathParams,
+    request: Request,
+) -> ApiResult<Response> {
     let Some(app) = front.app.get() else {
         return Err(ApiError::unavailable("Loading model"));
     };
@@ -145,7 +152,11 @@ async fn run(front: &Front, route: &'static Route, params: &RawPathParams, reque
 }
 
 fn query(uri: &Uri) -> Vec<(String, String)> {
-    let pairs = uri.query().unwrap_or("").split('&').filter(|p| !p.is_empty());
+    let pairs = uri
+        .query()
+        .unwrap_or("")
+        .split('&')
+        .filter(|p| !p.is_empty());
     pairs
         .map(|pair| {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -188,7 +199,9 @@ async fn read_body(body: Body, limit: usize, timeout: Duration) -> ApiResult<Byt
             let part = match part {
                 Err(_) => return Err(ApiError::too_slow()),
                 Ok(None) => break,
-                Ok(Some(Err(e))) => return Err(ApiError::server(format!("the request body broke off: {e}"))),
+                Ok(Some(Err(e))) => {
+                    return Err(ApiError::server(format!("the request body broke off: {e}")));
+                }
                 Ok(Some(Ok(part))) => part,
             };
             n = n.saturating_add(part.len());
@@ -277,7 +290,10 @@ async fn gate(State(front): State<Arc<Front>>, request: Request, next: Next) -> 
     };
     let headers = response.headers_mut();
     headers.insert(header::SERVER, HeaderValue::from_static("llama.cpp"));
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
     if let Some(origin) = origin {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
         headers.append(header::VARY, HeaderValue::from_static("Origin"));
@@ -288,8 +304,14 @@ async fn gate(State(front): State<Arc<Front>>, request: Request, next: Next) -> 
     }
     if is_options {
         for (name, value) in [
-            (header::ACCESS_CONTROL_ALLOW_METHODS, &front.args.cors_methods),
-            (header::ACCESS_CONTROL_ALLOW_HEADERS, &front.args.cors_headers),
+            (
+                header::ACCESS_CONTROL_ALLOW_METHODS,
+                &front.args.cors_methods,
+            ),
+            (
+                header::ACCESS_CONTROL_ALLOW_HEADERS,
+                &front.args.cors_headers,
+            ),
         ] {
             if let Ok(value) = HeaderValue::from_str(value) {
                 headers.insert(name, value);
@@ -402,9 +424,14 @@ mod tests {
 
     #[test]
     fn queries_are_decoded() {
-        let uri: Uri = "/x?action=save&n=%2Fa+b&flag&bad=%zz".parse().expect("a URI");
+        let uri: Uri = "/x?action=save&n=%2Fa+b&flag&bad=%zz"
+            .parse()
+            .expect("a URI");
         let pairs = query(&uri);
-        let pairs: HashMap<_, _> = pairs.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        let pairs: HashMap<_, _> = pairs
+            .iter()
+            .map(|(k, v)| (k.as_str(), v.as_str()))
+            .collect();
         assert_eq!(pairs["action"], "save");
         assert_eq!(pairs["n"], "/a b");
         assert_eq!(pairs["flag"], "");

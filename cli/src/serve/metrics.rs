@@ -25,7 +25,10 @@ fn per(n: f64, d: f64) -> f64 {
 fn row(out: &mut String, kind: &str, name: &str, help: &str, value: f64) {
     let name = format!("llamacpp:{name}");
     // Writing to a string cannot fail.
-    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}");
+    let _ = writeln!(
+        out,
+        "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}"
+    );
 }
 
 /// GET /metrics

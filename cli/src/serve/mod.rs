@@ -42,7 +42,11 @@ pub const BUILD_INFO: &str = concat!("b1-mneme-", env!("CARGO_PKG_VERSION"));
 #[command(disable_help_flag = true)]
 pub struct Args {
     /// Flags of llama-server
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "FLAGS"
+    )]
     flags: Vec<String>,
 }
 
@@ -113,9 +117,10 @@ async fn main(args: args::Args, path: std::path::PathBuf) -> Result<()> {
 /// The first SIGINT or SIGTERM asks to end, the second one ends.
 async fn watch_signals(stop: watch::Sender<bool>) {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) =
-        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    ) else {
         return;
     };
     let mut asked = false;
@@ -144,7 +149,10 @@ fn load(args: args::Args, path: &std::path::Path) -> Result<(App, std::thread::J
     let model = Model::load(path, &options, &ops, |_, _| {})
         .with_context(|| format!("loading {}", path.display()))?;
     let (template, tool_template) = templates(&args, &model)?;
-    let memory = args.memory.clone().unwrap_or_else(|| model.default_memory());
+    let memory = args
+        .memory
+        .clone()
+        .unwrap_or_else(|| model.default_memory());
     let (n_slots, unified) = args.slots();
     let n_total = match args.n_ctx {
         0 => model.hparams().n_ctx_train,
@@ -152,7 +160,9 @@ fn load(args: args::Args, path: &std::path::Path) -> Result<(App, std::thread::J
     };
     let n_ctx = if unified { n_total } else { n_total / n_slots };
     if n_ctx < 8 {
-        bail!("--ctx-size {n_total}: {n_slots} slots would get {n_ctx} tokens each, at least 8 are needed");
+        bail!(
+            "--ctx-size {n_total}: {n_slots} slots would get {n_ctx} tokens each, at least 8 are needed"
+        );
     }
     let sequence = SequenceOptions {
         n_ctx,
@@ -190,6 +200,7 @@ fn load(args: args::Args, path: &std::path::Path) -> Result<(App, std::thread::J
         n_ctx,
         memory,
         started: app::now(),
+        grammar_vocab: std::sync::OnceLock::new(),
         scraped: Mutex::default(),
     };
     Ok((app, thread))

@@ -279,7 +279,13 @@ pub async fn set_props(app: Arc<App>, call: Call) -> ApiResult<Response> {
 /// The commonest type of the model's matrices.
 pub fn file_type(app: &App) -> String {
     let mut bytes: Vec<(&str, u64)> = Vec::new();
-    for tensor in app.model.gguf().tensors().iter().filter(|t| t.dims.len() > 1) {
+    for tensor in app
+        .model
+        .gguf()
+        .tensors()
+        .iter()
+        .filter(|t| t.dims.len() > 1)
+    {
         match bytes.iter_mut().find(|b| b.0 == tensor.ty.name()) {
             Some(row) => row.1 += tensor.n_bytes,
             None => bytes.push((tensor.ty.name(), tensor.n_bytes)),
@@ -330,8 +336,13 @@ mod tests {
     #[test]
     fn response_fields_reach_into_objects() {
         let object = json!({"content": "x", "a": {"b": {"c": 1}}});
-        let fields: Vec<String> = ["content", "a/b/c", "nope", "a/nope"].map(String::from).into();
-        assert_eq!(select(object.clone(), &fields), json!({"content": "x", "a/b/c": 1}));
+        let fields: Vec<String> = ["content", "a/b/c", "nope", "a/nope"]
+            .map(String::from)
+            .into();
+        assert_eq!(
+            select(object.clone(), &fields),
+            json!({"content": "x", "a/b/c": 1})
+        );
         assert_eq!(select(object.clone(), &[]), object);
     }
 }

@@ -100,7 +100,8 @@ impl Common {
 
     fn count(&mut self, answer: &Finished) {
         let t = &answer.timings;
-        self.counts.push((answer.n_prompt, t.n_predicted, t.n_cached));
+        self.counts
+            .push((answer.n_prompt, t.n_predicted, t.n_cached));
     }
 
     /// Tokens of all answers; a prompt that several answers share counts once.
@@ -403,7 +404,9 @@ pub async fn chat_completions(app: Arc<App>, call: Call) -> ApiResult<Response> 
 pub async fn chat_tokens(app: Arc<App>, call: Call) -> ApiResult<Response> {
     let rendered = chat::render(&app, &call.json()?)?;
     let n = app.encode(&rendered.prompt).len();
-    Ok(json_reply(&json!({"object": "response.input_tokens", "input_tokens": n})))
+    Ok(json_reply(
+        &json!({"object": "response.input_tokens", "input_tokens": n}),
+    ))
 }
 
 /// Model that a request names, else the server's own.

@@ -261,7 +261,12 @@ impl Reader {
         }
         let mut keep = 0;
         if !end {
-            keep = tools.begins().iter().map(|b| overlap(&self.rest, b)).max().unwrap_or(0);
+            keep = tools
+                .begins()
+                .iter()
+                .map(|b| overlap(&self.rest, b))
+                .max()
+                .unwrap_or(0);
             let before = &self.rest[..self.rest.len() - keep];
             keep += before.len() - before.trim_end().len();
         }
@@ -353,7 +358,10 @@ fn json_prefix(text: &str) -> Result<(Value, usize), bool> {
 
 fn raw_call(value: &Value) -> Option<RawCall> {
     // Some models wrap the call once more.
-    let value = value.get("function").filter(|f| f.is_object()).unwrap_or(value);
+    let value = value
+        .get("function")
+        .filter(|f| f.is_object())
+        .unwrap_or(value);
     let name = value.get("name")?.as_str()?.to_owned();
     let arguments = value.get("arguments").or_else(|| value.get("parameters"));
     Some(RawCall {
@@ -506,21 +514,40 @@ mod tests {
     #[test]
     fn plain_text_stays_as_it_is() {
         let format = Format::default();
-        assert_eq!(read(&format, " Hello <think> {x}\n").content, " Hello <think> {x}\n");
+        assert_eq!(
+            read(&format, " Hello <think> {x}\n").content,
+            " Hello <think> {x}\n"
+        );
     }
 
     #[test]
     fn thoughts_are_told_apart() {
-        let format = Format { thoughts: true, ..Format::default() };
+        let format = Format {
+            thoughts: true,
+            ..Format::default()
+        };
         let m = read(&format, "<think>\nHm, é.\n</think>\n\nYes.");
-        assert_eq!((m.reasoning.as_str(), m.content.as_str()), ("Hm, é.", "Yes."));
+        assert_eq!(
+            (m.reasoning.as_str(), m.content.as_str()),
+            ("Hm, é.", "Yes.")
+        );
         let m = read(&format, "<thin ice");
-        assert_eq!((m.reasoning.as_str(), m.content.as_str()), ("", "<thin ice"));
-        let open = Format { thoughts: true, open: Some("</think>"), tools: None };
+        assert_eq!(
+            (m.reasoning.as_str(), m.content.as_str()),
+            ("", "<thin ice")
+        );
+        let open = Format {
+            thoughts: true,
+            open: Some("</think>"),
+            tools: None,
+        };
         let m = read(&open, "Hm.</think>Yes.");
         assert_eq!((m.reasoning.as_str(), m.content.as_str()), ("Hm.", "Yes."));
         let m = read(&open, "never ends");
-        assert_eq!((m.reasoning.as_str(), m.content.as_str()), ("never ends", ""));
+        assert_eq!(
+            (m.reasoning.as_str(), m.content.as_str()),
+            ("never ends", "")
+        );
     }
 
     #[test]
@@ -529,7 +556,10 @@ mod tests {
         let m = read(&tools(ToolFormat::Hermes), text);
         assert_eq!(m.content, "Let me look.");
         assert_eq!(m.calls.len(), 2);
-        assert_eq!((m.calls[0].name.as_str(), m.calls[0].arguments.as_str()), ("a", r#"{"x":[1,"}"]}"#));
+        assert_eq!(
+            (m.calls[0].name.as_str(), m.calls[0].arguments.as_str()),
+            ("a", r#"{"x":[1,"}"]}"#)
+        );
         assert_eq!(m.calls[1].name, "b");
     }
 
@@ -557,9 +587,18 @@ mod tests {
             &tools(ToolFormat::Mistral),
             r#"[TOOL_CALLS][{"name":"f","arguments":{"x":1},"id":"abc"}]"#,
         );
-        assert_eq!((m.calls[0].id.as_str(), m.calls[0].arguments.as_str()), ("abc", r#"{"x":1}"#));
-        let m = read(&tools(ToolFormat::Mistral), r#"Sure.[TOOL_CALLS]f[ARGS]{"x":1}"#);
-        assert_eq!((m.content.as_str(), m.calls[0].name.as_str()), ("Sure.", "f"));
+        assert_eq!(
+            (m.calls[0].id.as_str(), m.calls[0].arguments.as_str()),
+            ("abc", r#"{"x":1}"#)
+        );
+        let m = read(
+            &tools(ToolFormat::Mistral),
+            r#"Sure.[TOOL_CALLS]f[ARGS]{"x":1}"#,
+        );
+        assert_eq!(
+            (m.content.as_str(), m.calls[0].name.as_str()),
+            ("Sure.", "f")
+        );
     }
 
     #[test]

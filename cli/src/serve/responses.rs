@@ -17,7 +17,9 @@ use std::sync::Arc;
 /// The chat request that a Responses request stands for.
 fn to_chat(body: &Value) -> ApiResult<Value> {
     if get(body, "previous_response_id").is_some() {
-        return Err(ApiError::invalid("llama.cpp does not support 'previous_response_id'."));
+        return Err(ApiError::invalid(
+            "llama.cpp does not support 'previous_response_id'.",
+        ));
     }
     let mut messages = Vec::new();
     if let Some(instructions) = text(body, "instructions")? {
@@ -34,7 +36,14 @@ fn to_chat(body: &Value) -> ApiResult<Value> {
         None => return Err(ApiError::invalid("'input' is required")),
     }
     let mut out: Map<String, Value> = body.as_object().cloned().unwrap_or_default();
-    for name in ["input", "instructions", "text", "tools", "tool_choice", "reasoning"] {
+    for name in [
+        "input",
+        "instructions",
+        "text",
+        "tools",
+        "tool_choice",
+        "reasoning",
+    ] {
         out.remove(name);
     }
     out.insert("messages".into(), messages.into());
@@ -218,13 +227,27 @@ impl Responses {
     fn items(message: &Message) -> Vec<Value> {
         let mut out = Vec::new();
         if !message.reasoning.is_empty() {
-            out.push(Self::reasoning_item(&new_id("rs_"), &message.reasoning, "completed"));
+            out.push(Self::reasoning_item(
+                &new_id("rs_"),
+                &message.reasoning,
+                "completed",
+            ));
         }
         if !message.content.is_empty() || message.calls.is_empty() {
-            out.push(Self::message_item(&new_id("msg_"), Some(&message.content), "completed"));
+            out.push(Self::message_item(
+                &new_id("msg_"),
+                Some(&message.content),
+                "completed",
+            ));
         }
         for call in &message.calls {
-            out.push(Self::call_item(&new_id("fc_"), &call.id, &call.name, &call.arguments, "completed"));
+            out.push(Self::call_item(
+                &new_id("fc_"),
+                &call.id,
+                &call.name,
+                &call.arguments,
+                "completed",
+            ));
         }
         out
     }
@@ -246,7 +269,11 @@ impl Responses {
         if let Some(id) = self.reasoning_id.take() {
             let text = self.reader.message().reasoning.clone();
             let item = Self::reasoning_item(&id, &text, "completed");
-            out += &self.event("response.output_item.done", json!({"output_index": at, "item": item}), None);
+            out += &self.event(
+                "response.output_item.done",
+                json!({"output_index": at, "item": item}),
+                None,
+            );
             self.done.push(item);
         }
         if let Some(id) = self.message_id.take() {
@@ -259,10 +286,22 @@ impl Responses {
                 }
                 place
             };
-            out += &self.event("response.output_text.done", place(json!({"text": text, "logprobs": []})), None);
-            out += &self.event("response.content_part.done", place(json!({"part": Self::part(&text)})), None);
+            out += &self.event(
+                "response.output_text.done",
+                place(json!({"text": text, "logprobs": []})),
+                None,
+            );
+            out += &self.event(
+                "response.content_part.done",
+                place(json!({"part": Self::part(&text)})),
+                None,
+            );
             let item = Self::message_item(&id, Some(&text), "completed");
-            out += &self.event("response.output_item.done", json!({"output_index": at, "item": item}), None);
+            out += &self.event(
+                "response.output_item.done",
+                json!({"output_index": at, "item": item}),
+                None,
+            );
             self.done.push(item);
         }
         if let Some((id, mut item)) = self.call.take() {
@@ -270,7 +309,11 @@ impl Responses {
             item["status"] = "completed".into();
             let body = json!({"item_id": id, "output_index": at, "arguments": item["arguments"], "name": item["name"]});
             out += &self.event("response.function_call_arguments.done", body, None);
-            out += &self.event("response.output_item.done", json!({"output_index": at, "item": item}), None);
+            out += &self.event(
+                "response.output_item.done",
+                json!({"output_index": at, "item": item}),
+                None,
+            );
             self.done.push(item);
         }
         out
@@ -281,8 +324,13 @@ impl Responses {
         let id = new_id("msg_");
         let at = self.done.len();
         let item = Self::message_item(&id, None, "in_progress");
-        out += &self.event("response.output_item.added", json!({"output_index": at, "item": item}), None);
-        let body = json!({"item_id": id, "output_index": at, "content_index": 0, "part": Self::part("")});
+        out += &self.event(
+            "response.output_item.added",
+            json!({"output_index": at, "item": item}),
+            None,
+        );
+        let body =
+            json!({"item_id": id, "output_index": at, "content_index": 0, "part": Self::part("")});
         out += &self.event("response.content_part.added", body, None);
         self.message_id = Some(id);
         out
@@ -340,7 +388,9 @@ impl Responses {
 
 impl Protocol for Responses {
     fn reply(&mut self, answers: Vec<Finished>) -> ApiResult<Value> {
-        let answer = answers.first().ok_or_else(|| ApiError::server("no answer"))?;
+        let answer = answers
+            .first()
+            .ok_or_else(|| ApiError::server("no answer"))?;
         let mut reader = Reader::new(self.format.clone(), || new_id("call_"));
         reader.push(&answer.text, true);
         let items = Self::items(reader.message());
@@ -384,7 +434,11 @@ impl Protocol for Responses {
         // A client that waits for the end waits for `response.completed`.
         let response = self.object("completed", &done, usage);
         let timings = generate::timings(&answer.timings, Some(&answer.memory));
-        out += &self.event("response.completed", json!({ "response": response }), Some(&timings));
+        out += &self.event(
+            "response.completed",
+            json!({ "response": response }),
+            Some(&timings),
+        );
         out
     }
 }
@@ -414,5 +468,7 @@ pub async fn responses(app: Arc<App>, call: Call) -> ApiResult<Response> {
 pub async fn tokens(app: Arc<App>, call: Call) -> ApiResult<Response> {
     let rendered = chat::render(&app, &to_chat(&call.json()?)?)?;
     let n = app.encode(&rendered.prompt).len();
-    Ok(json_reply(&json!({"object": "response.input_tokens", "input_tokens": n})))
+    Ok(json_reply(
+        &json!({"object": "response.input_tokens", "input_tokens": n}),
+    ))
 }

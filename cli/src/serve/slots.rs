@@ -109,7 +109,11 @@ fn file_name(body: &Value) -> ApiResult<&str> {
         || name.ends_with(['.', ' '])
         || name.contains("..")
         || name.chars().any(|c| {
-            c.is_control() || matches!(c, '/' | '\\' | ':' | '*' | '?' | '"' | '<' | '>' | '|' | '\u{fffd}')
+            c.is_control()
+                || matches!(
+                    c,
+                    '/' | '\\' | ':' | '*' | '?' | '"' | '<' | '>' | '|' | '\u{fffd}'
+                )
         });
     match bad {
         true => Err(ApiError::invalid("Invalid filename")),
@@ -179,10 +183,15 @@ mod tests {
 
     #[test]
     fn file_names_stay_in_their_folder() {
-        for bad in ["", ".", "..", "../x", "a/b", "a\\b", "x\u{0}", "c:x", ".hidden", "a..b"] {
+        for bad in [
+            "", ".", "..", "../x", "a/b", "a\\b", "x\u{0}", "c:x", ".hidden", "a..b",
+        ] {
             assert!(file_name(&json!({"filename": bad})).is_err(), "{bad:?}");
         }
         assert!(file_name(&json!({"filename": 1})).is_err());
-        assert_eq!(file_name(&json!({"filename": "slot1.bin"})), Ok("slot1.bin"));
+        assert_eq!(
+            file_name(&json!({"filename": "slot1.bin"})),
+            Ok("slot1.bin")
+        );
     }
 }

@@ -21,22 +21,36 @@ fn file(app: &App, text: &'static str, kind: &'static str) -> ApiResult<Response
         (header::REFERRER_POLICY, "no-referrer"),
         (header::CACHE_CONTROL, "no-cache"),
     ] {
-        response.headers_mut().insert(name, HeaderValue::from_static(value));
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static(value));
     }
     Ok(response)
 }
 
 /// GET /
 pub async fn page(app: Arc<App>, _: Call) -> ApiResult<Response> {
-    file(&app, include_str!("ui/index.html"), "text/html; charset=utf-8")
+    file(
+        &app,
+        include_str!("ui/index.html"),
+        "text/html; charset=utf-8",
+    )
 }
 
 /// GET /bundle.js
 pub async fn script(app: Arc<App>, _: Call) -> ApiResult<Response> {
-    file(&app, include_str!("ui/bundle.js"), "text/javascript; charset=utf-8")
+    file(
+        &app,
+        include_str!("ui/bundle.js"),
+        "text/javascript; charset=utf-8",
+    )
 }
 
 /// GET /bundle.css
 pub async fn style(app: Arc<App>, _: Call) -> ApiResult<Response> {
-    file(&app, include_str!("ui/bundle.css"), "text/css; charset=utf-8")
+    file(
+        &app,
+        include_str!("ui/bundle.css"),
+        "text/css; charset=utf-8",
+    )
 }

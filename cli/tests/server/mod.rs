@@ -19,7 +19,9 @@ pub fn model(fixture: &str) -> PathBuf {
     let path = dir.path().join(format!("{fixture}.gguf"));
     let _guard = ONCE.lock().unwrap_or_else(|e| e.into_inner());
     if !path.exists() {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(fixture);
+        let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../fixtures")
+            .join(fixture);
         let options = mneme_convert::ConvertOptions::new(source, &path);
         mneme_convert::convert(&options, &mut |_| ControlFlow::Continue(())).expect(fixture);
     }
@@ -42,7 +44,10 @@ pub struct Reply {
 
 impl Reply {
     pub fn header(&self, name: &str) -> Option<&str> {
-        let found = self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name));
+        let found = self
+            .headers
+            .iter()
+            .find(|(n, _)| n.eq_ignore_ascii_case(name));
         found.map(|(_, value)| value.as_str())
     }
 
@@ -136,7 +141,9 @@ impl Server {
             head += &format!("Content-Length: {}\r\n", body.len());
         }
         head += "\r\n";
-        stream.write_all(head.as_bytes()).expect("the head is taken");
+        stream
+            .write_all(head.as_bytes())
+            .expect("the head is taken");
         stream.write_all(body).expect("the body is taken");
         read_reply(stream)
     }
@@ -198,7 +205,9 @@ pub fn read_reply(stream: impl Read) -> Reply {
             None => break,
         }
     }
-    let chunked = headers.iter().any(|(n, v)| n.eq_ignore_ascii_case("transfer-encoding") && v == "chunked");
+    let chunked = headers
+        .iter()
+        .any(|(n, v)| n.eq_ignore_ascii_case("transfer-encoding") && v == "chunked");
     let mut body = Vec::new();
     if chunked {
         loop {

@@ -88,11 +88,13 @@ pub(super) enum Next {
     Feed,
     /// The answer is complete.
     Done(Stop),
+    /// The answer cannot go on.
+    Broken(String),
 }
 
 impl Task {
     /// A task whose prompt is in the sequence up to `n_cached`.
-    pub fn new(job: Job, n_cached: usize, sampler: Sampler, grammar: Option<Grammar>) -> Task {
+    pub fn new(mut job: Job, n_cached: usize, sampler: Sampler) -> Task {
         let now = Instant::now();
         let mut task = Task {
             pending: job.prompt[n_cached..].to_vec(),
@@ -101,7 +103,7 @@ impl Task {
             n_cached,
             truncated: false,
             sampler,
-            grammar,
+            grammar: job.params.grammar.take(),
             answer: Answer::new(job.params.stop.clone()),
             tokens: Vec::new(),
             probs: Vec::new(),
@@ -166,12 +168,15 @@ impl Task {
         let id = match forced {
             Some(id) => id,
             None => {
-                if let Some(grammar) = &mut self.grammar
-                    && !grammar.mask(logits)
-                {
-                    // Nothing may follow any more: the answer is complete.
-                    self.note_token(now);
-                    return Next::Done(Stop::Eos);
+                if let Some(grammar) = &mut self.grammar {
+                    if grammar.is_stopped() {
+                        // Nothing may follow any more: the answer is complete.
+                        self.note_token(now);
+                        return Next::Done(Stop::Eos);
+                    }
+                    if let Err(e) = grammar.mask(logits) {
+                        return Next::Broken(e.to_string());
+                    }
                 }
                 self.sampler.sample(logits)
             }
@@ -183,8 +188,11 @@ impl Task {
             });
         }
         self.sampler.accept(id);
-        if let Some(grammar) = &mut self.grammar {
-            grammar.accept(id);
+        if let Some(grammar) = &mut self.grammar
+            && forced.is_none()
+            && let Err(e) = grammar.accept(id)
+        {
+            return Next::Broken(e.to_string());
         }
         self.note_token(now);
         self.tokens.push(id);
