@@ -5,8 +5,8 @@
 
 mod args;
 mod bench;
-mod generate;
 mod eval;
+mod generate;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -19,6 +19,7 @@ mod report;
 mod run;
 mod saved;
 mod segments;
+mod serve;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -42,6 +43,8 @@ struct Cli {
 enum Command {
     /// Go on with a text: from -p, a file or stdin
     Run(run::Args),
+    /// Serve a model over HTTP: llama.cpp's protocol, OpenAI's and Anthropic's
+    Serve(serve::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
@@ -58,6 +61,7 @@ impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
             Command::Run(args) => run::run(&args),
+            Command::Serve(args) => serve::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Eval(args) => eval::run(args),

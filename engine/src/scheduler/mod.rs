@@ -15,7 +15,7 @@ mod slot;
 mod text;
 
 pub use job::{
-    Event, Failure, Finished, Grammar, Head, Job, Params, Piece, Stop, Timings, TokenProbs,
+    Event, Failure, Finished, Head, Job, Params, Piece, Stop, Timings, TokenProbs,
 };
 pub use text::Answer;
 
