@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod convert;
 mod eval;
 mod generate;
 #[cfg(feature = "hf")]
@@ -15,6 +16,7 @@ mod npy;
 mod perplexity;
 mod plots;
 mod progress;
+mod quantize;
 mod report;
 mod run;
 mod saved;
@@ -45,6 +47,10 @@ enum Command {
     Run(run::Args),
     /// Serve a model over HTTP: llama.cpp's protocol, OpenAI's and Anthropic's
     Serve(serve::Args),
+    /// Bring a Hugging Face checkpoint or a memory into GGUF
+    Convert(convert::Args),
+    /// Write a GGUF in another type
+    Quantize(quantize::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
@@ -62,6 +68,8 @@ impl Command {
         match self {
             Command::Run(args) => run::run(&args),
             Command::Serve(args) => serve::run(&args),
+            Command::Convert(args) => convert::run(&args),
+            Command::Quantize(args) => quantize::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Eval(args) => eval::run(args),
