@@ -3,6 +3,7 @@
 
     tools/check_llama.py logits MNEME FIXTURES_DIR         # our GGUF in llama.cpp gives the fixtures' logits
     tools/check_llama.py quantize MNEME IN.gguf [TYPE...]  # our quantized tensors are llama.cpp's, byte for byte
+    tools/check_llama.py types IN.gguf... > FILE           # the types that llama.cpp chooses, for convert/tests
 
 MNEME is the mneme executable. Development only: needs numpy, gguf and llama-cpp-python.
 """
@@ -10,6 +11,7 @@ MNEME is the mneme executable. Development only: needs numpy, gguf and llama-cpp
 import argparse
 import ctypes
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -132,10 +134,11 @@ def imatrix_for(path, out):
     return entries
 
 
-def llama_quantize(source, out, ftype, entries):
+def llama_quantize(source, out, ftype, entries, dry_run=False):
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = 2
     params.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + ftype)
+    params.dry_run = dry_run
     keep = []
     if entries:
         cls = llama_cpp.llama_model_imatrix_data
@@ -147,8 +150,10 @@ def llama_quantize(source, out, ftype, entries):
             slot.size = len(values)
         params.imatrix = ctypes.cast(array, type(params.imatrix))
         keep.append(array)
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params) != 0:
+    done = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params) == 0
+    if not done and not dry_run:
         raise RuntimeError(f"llama.cpp cannot quantize to {ftype}")
+    return done
 
 
 def check_quantize(mneme, source, types):
@@ -183,14 +188,65 @@ def check_quantize(mneme, source, types):
     return failed
 
 
+def run_lengths(types):
+    out = []
+    for ty in types:
+        if out and out[-1][0] == ty:
+            out[-1][1] += 1
+        else:
+            out.append([ty, 1])
+    return " ".join(ty if n == 1 else f"{ty}*{n}" for ty, n in out)
+
+
+def print_types(sources):
+    """Per file, file type and kind of tensor: the types by layer, from dry runs of llama.cpp's quantizer."""
+    line = re.compile(r"\]\s+(\S+)\s+- \[.*?type =\s*(\w+),(?:.*->.*\((\w+)\))?")
+    text = []
+
+    @llama_cpp.llama_log_callback
+    def collect(_level, part, _data):
+        text.append(part.decode())
+
+    for source in sources:
+        reader = gguf.GGUFReader(source)
+        field = lambda key: reader.get_field(key).contents()
+        arch = field("general.architecture")
+        shape = [field(f"{arch}.{k}") for k in ("block_count", "attention.head_count", "attention.head_count_kv")]
+        cols = {t.name: int(t.shape[0]) for t in reader.tensors}
+        rows = sorted({(re.sub(r"^blk\.\d+\.", "", n), c) for n, c in cols.items() if n.endswith("weight") and "norm" not in n})
+        rows = " ".join(f"{name}={n_cols}" for name, n_cols in rows if name != "rope_freqs.weight")
+        print(f"model {arch} {' '.join(map(str, shape))} {rows}")
+        with tempfile.TemporaryDirectory() as temp:
+            entries = imatrix_for(source, Path(temp) / "imatrix.dat")
+        for ftype in sorted(set(QUANTIZE_TYPES + IMATRIX_TYPES + ["MXFP4_MOE", "Q1_0", "Q2_0"])):
+            for importances in (None, entries):
+                text.clear()
+                llama_cpp.llama_log_set(collect, None)
+                ok = llama_quantize(source, "/dev/null", ftype, importances, dry_run=True)
+                llama_cpp.llama_log_set(silent, None)
+                if not ok:
+                    continue
+                kinds = {}
+                for found in line.finditer("".join(text)):
+                    name, before, after = found.groups()
+                    kind = re.sub(r"^blk\.\d+\.", "", name)
+                    if kind.endswith("weight") and "norm" not in kind and kind != "rope_freqs.weight":
+                        kinds.setdefault(kind, []).append(after or before)
+                print(f"{ftype} {'imatrix' if importances else 'plain'}")
+                for kind, types in sorted(kinds.items()):
+                    print(f"  {kind} {run_lengths(types)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["logits", "quantize"])
+    parser.add_argument("what", choices=["logits", "quantize", "types"])
     parser.add_argument("mneme", type=Path)
     parser.add_argument("path", type=Path)
     parser.add_argument("types", nargs="*")
     args = parser.parse_args()
     llama_cpp.llama_log_set(silent, None)
+    if args.what == "types":
+        return print_types([args.mneme, args.path, *map(Path, args.types)])
     if args.what == "logits":
         sys.exit(check_logits(args.mneme, args.path) != 0)
     sys.exit(check_quantize(args.mneme, args.path, args.types) != 0)

@@ -30,6 +30,7 @@ SHAPES = {
     # For checks of types rather than speed: rows of 256 and of 224, few and many heads per k/v head.
     "small": ("qwen2", 256, 24, 4, 2, 64, 768, 1024, 1e6, 4096),
     "narrow": ("llama", 224, 9, 7, 1, 32, 512, 1024, 5e5, 4096),
+    "deep": ("llama", 256, 80, 4, 2, 64, 256, 1024, 1e4, 4096),
     "llama1b": ("llama", 2048, 16, 32, 8, 64, 8192, 128256, 5e5, 131072),
 }
 TYPES = ["f16", "q8_0", "q4_0", "q4_k_m", "q6_k", "iq4_xs"]
