@@ -6,6 +6,8 @@
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod mul_mat;
 pub(crate) mod scalar;
@@ -76,6 +78,8 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => Some(avx2::attend::KERNELS),
         _ => None,
     }
 }
@@ -94,6 +98,12 @@ pub(crate) fn recur(isa: Isa) -> HeadKernels {
         Isa::Avx512 => HeadKernels {
             recurrent: avx512::recur::recurrent,
             chunked: avx512::recur::chunked,
+            chunked_from: usize::MAX,
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => HeadKernels {
+            recurrent: avx2::recur::recurrent,
+            chunked: avx2::recur::chunked,
             chunked_from: usize::MAX,
         },
         _ => HeadKernels {
