@@ -1,1 +1,23 @@
-//! 
+//! mneme's engine: from a GGUF file and tokens to logits, with a choice of memories.
+//!
+//! The walk of a token: [`engine::Engine::step`] asks each sequence's memory for a plan, stacks the
+//! rows into a [`model::Pass`], runs the architecture's forward pass over the verbs of [`ops`], and
+//! lets each memory commit. The engine knows no HTTP and no terminal.
+
+pub mod chat;
+pub mod engine;
+pub mod error;
+pub mod gguf;
+pub mod grammar;
+pub mod hparams;
+pub mod memory;
+pub mod model;
+pub mod ops;
+pub mod sampler;
+pub mod scheduler;
+pub mod session;
+pub mod tokenizer;
+pub mod weights;
+
+pub use engine::{Engine, Feed, LoadOptions, Model, Sequence, SequenceOptions, Want};
+pub use error::{Error, Result};

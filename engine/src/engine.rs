@@ -1,0 +1,642 @@
+//! The engine: a model, threads, and sequences that are stepped together.
+
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use crate::hparams::Hparams;
+use crate::memory::spec::MemorySpec;
+use crate::memory::{self, Context, Memory, NodeInfo, Pieces, Plan, Stats};
+use crate::model::{ARCHS, Arch, Pass, Scratch};
+use crate::ops::Cpu;
+use crate::session::{Decoder, Encoder, MAGIC, VERSION};
+use crate::tokenizer::Tokenizer;
+use crate::weights::{Loader, Weights};
+use mneme_kernels::attend::{KvType, PageLayout};
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// How a model is loaded.
+#[derive(Clone, Debug, Default)]
+pub struct LoadOptions {
+    /// A memory adapter to lay over the model.
+    pub memory_adapter: Option<PathBuf>,
+}
+
+/// A loaded model: immutable, shared by everything that uses it.
+pub struct Model {
+    /// The file it came from.
+    pub path: PathBuf,
+    /// Its vocabulary.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its tensors.
+    pub weights: Arc<Weights>,
+    arch: &'static Arch,
+    identity: u64,
+}
+
+impl Model {
+    /// Loads `path`, preparing its matrices on the threads of `ops`. `progress` is told bytes done
+    /// and bytes in all after each tensor.
+    pub fn load(
+        path: &Path,
+        options: &LoadOptions,
+        ops: &Cpu,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<Arc<Model>> {
+        let gguf = Arc::new(Gguf::open(path)?);
+        let adapter = options
+            .memory_adapter
+            .as_ref()
+            .map(|p| open_adapter(p, &gguf))
+            .transpose()?;
+        let known: Vec<_> = ARCHS.iter().map(|a| a.name).collect();
+        let hparams = Hparams::from_gguf(&gguf, path, &known)?;
+        let arch = ARCHS.iter().find(|a| a.name == hparams.arch);
+        let arch = arch.expect("hyperparameters are read for known architectures only");
+        let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
+        let mut done = 0;
+        let loader = Loader {
+            ops,
+            gguf: &gguf,
+            adapter: adapter.as_ref(),
+            progress: &mut |bytes| {
+                done = (done + bytes as u64).min(total);
+                progress(done, total);
+            },
+        };
+        let weights = Arc::new(loader.load(hparams)?);
+        let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
+        Ok(Arc::new(Model {
+            path: path.to_owned(),
+            identity: identity(&gguf, adapter.as_deref()),
+            tokenizer,
+            weights,
+            arch,
+        }))
+    }
+
+    /// The hyperparameters.
+    pub fn hparams(&self) -> &Hparams {
+        &self.weights.hparams
+    }
+
+    /// The file's metadata.
+    pub fn gguf(&self) -> &Gguf {
+        &self.weights.gguf
+    }
+
+    /// A number that tells models apart: of names, shapes, types and a sample of every tensor.
+    pub fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    /// The memory that suits the file: its own kind when it has one, else `full`.
+    pub fn default_memory(&self) -> MemorySpec {
+        let w = &self.weights;
+        let kind = w
+            .memory_file()
+            .opt_str(&w.memory_key("kind"))
+            .ok()
+            .flatten();
+        let text = match kind {
+            Some(kind) if memory::MEMORIES.iter().any(|row| row.name == kind) => kind,
+            _ => "full",
+        };
+        MemorySpec {
+            name: text.into(),
+            options: Vec::new(),
+            text: text.into(),
+        }
+    }
+}
+
+/// Opens a memory adapter and checks that it was made for this base.
+fn open_adapter(path: &Path, base: &Gguf) -> Result<Arc<Gguf>> {
+    let adapter = Gguf::open(path)?;
+    let refuse = |what: String| Error::Adapter {
+        adapter: path.to_owned(),
+        what,
+    };
+    for (key, expected) in [("general.type", "adapter"), ("adapter.type", "memory")] {
+        let got = adapter.opt_str(key)?;
+        if got != Some(expected) {
+            return Err(refuse(format!(
+                "`{key}` is {}, expected `{expected}`",
+                got.map_or("absent".into(), |s| format!("`{s}`")),
+            )));
+        }
+    }
+    let arch = base.str("general.architecture")?;
+    let made_for = adapter.str("general.architecture")?;
+    if made_for != arch {
+        return Err(refuse(format!(
+            "made for architecture `{made_for}`, the model is `{arch}`"
+        )));
+    }
+    for suffix in [
+        "embedding_length",
+        "block_count",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+    ] {
+        let key = format!("{arch}.{suffix}");
+        if let (Some(mine), Some(theirs)) = (adapter.opt_u32(&key)?, base.opt_u32(&key)?)
+            && mine != theirs
+        {
+            return Err(refuse(format!(
+                "made for {key} = {mine}, the model has {theirs}"
+            )));
+        }
+    }
+    Ok(Arc::new(adapter))
+}
+
+/// FNV-1a over what tells two model files apart.
+fn identity(gguf: &Gguf, adapter: Option<&Gguf>) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    let mut eat = |bytes: &[u8]| {
+        for &b in bytes {
+            hash = (hash ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    };
+    for file in std::iter::once(gguf).chain(adapter) {
+        for tensor in file.tensors() {
+            eat(tensor.name.as_bytes());
+            eat(tensor.ty.name().as_bytes());
+            tensor.dims.iter().for_each(|d| eat(&d.to_le_bytes()));
+            let data = file.data(tensor);
+            eat(&data[..data.len().min(64)]);
+        }
+    }
+    hash
+}
+
+struct TokenPieces(Arc<Tokenizer>);
+
+impl Pieces for TokenPieces {
+    fn piece(&self, id: u32) -> &[u8] {
+        self.0.piece(id)
+    }
+}
+
+/// What a sequence holds at most, and in which types.
+#[derive(Clone, Copy, Debug)]
+pub struct SequenceOptions {
+    /// Most cells per layer; 0 for what the model was trained with.
+    pub n_ctx: usize,
+    /// Type of keys.
+    pub type_k: KvType,
+    /// Type of values.
+    pub type_v: KvType,
+}
+
+impl Default for SequenceOptions {
+    fn default() -> SequenceOptions {
+        SequenceOptions {
+            n_ctx: 0,
+            type_k: KvType::F16,
+            type_v: KvType::F16,
+        }
+    }
+}
+
+/// Which logits a feed wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// None.
+    None,
+    /// Those after the last token.
+    Last,
+    /// Those after every token.
+    All,
+}
+
+/// Tokens for one sequence.
+pub struct Feed<'a> {
+    /// The sequence that reads them.
+    pub seq: &'a mut Sequence,
+    /// The tokens.
+    pub tokens: &'a [u32],
+    /// The logits to return.
+    pub want: Want,
+}
+
+/// A model on threads.
+pub struct Engine {
+    /// The model.
+    pub model: Arc<Model>,
+    ops: Cpu,
+    scratch: Scratch,
+    n_ubatch: usize,
+}
+
+/// Rows of one pass unless told otherwise.
+pub const N_UBATCH: usize = 512;
+
+impl Engine {
+    /// An engine that runs `model` on the threads of `ops`, at most `n_ubatch` rows a pass.
+    pub fn new(model: Arc<Model>, ops: Cpu, n_ubatch: usize) -> Engine {
+        Engine {
+            model,
+            ops,
+            scratch: Scratch::default(),
+            n_ubatch: n_ubatch.max(1),
+        }
+    }
+
+    /// The verbs and threads.
+    pub fn ops(&self) -> &Cpu {
+        &self.ops
+    }
+
+    /// Most rows of one pass.
+    pub fn n_ubatch(&self) -> usize {
+        self.n_ubatch
+    }
+
+    /// An empty sequence with the memory `spec` describes.
+    pub fn sequence(&self, spec: &MemorySpec, options: SequenceOptions) -> Result<Sequence> {
+        Sequence::new(&self.model, spec, options)
+    }
+
+    /// Feeds tokens to several sequences, in passes they share, and returns the logits each feed
+    /// asked for, `[n, n_vocab]` per feed. Tokens are checked and room is asked for before
+    /// anything changes; feeding more than one pass' worth may leave earlier passes read when a
+    /// later one is refused.
+    pub fn step(&mut self, feeds: &mut [Feed<'_>]) -> Result<Vec<Vec<f32>>> {
+        let n_vocab = self.model.hparams().n_vocab;
+        for feed in feeds.iter() {
+            if let Some(&id) = feed.tokens.iter().find(|&&id| id as usize >= n_vocab) {
+                return Err(Error::TokenId { id, n_vocab });
+            }
+        }
+        let mut logits: Vec<Vec<f32>> = feeds.iter().map(|_| Vec::new()).collect();
+        let mut read = vec![0; feeds.len()];
+        loop {
+            let mut room = self.n_ubatch;
+            // Shares of this pass: every feed gets its fair part, so that a long prompt and many
+            // short ones move together.
+            let mut waiting: Vec<usize> = (0..feeds.len())
+                .filter(|&i| read[i] < feeds[i].tokens.len())
+                .collect();
+            if waiting.is_empty() {
+                return Ok(logits);
+            }
+            waiting.sort_by_key(|&i| feeds[i].tokens.len() - read[i]);
+            let mut shares = vec![0; feeds.len()];
+            for (nth, &i) in waiting.iter().enumerate() {
+                let fair = (room / (waiting.len() - nth)).max(usize::from(room > 0));
+                shares[i] = fair.min(feeds[i].tokens.len() - read[i]);
+                room -= shares[i];
+            }
+            self.pass(feeds, &shares, &mut read, &mut logits)?;
+        }
+    }
+
+    /// One pass over the next `shares` tokens of each feed.
+    fn pass(
+        &mut self,
+        feeds: &mut [Feed<'_>],
+        shares: &[usize],
+        read: &mut [usize],
+        logits: &mut [Vec<f32>],
+    ) -> Result<()> {
+        let n_vocab = self.model.hparams().n_vocab;
+        let mut plans: Vec<Plan> = Vec::with_capacity(feeds.len());
+        for (i, feed) in feeds.iter_mut().enumerate() {
+            let tokens = &feed.tokens[read[i]..read[i] + shares[i]];
+            plans.push(match tokens {
+                [] => Plan::default(),
+                _ => feed
+                    .seq
+                    .memory
+                    .plan(&self.ops, tokens, feed.want == Want::All)?,
+            });
+        }
+        // Rows whose logits are read: by the caller, or by the memory itself.
+        let mut out_rows = Vec::new();
+        let mut answers: Vec<Vec<usize>> = Vec::with_capacity(feeds.len());
+        let mut row = 0;
+        for (i, plan) in plans.iter().enumerate() {
+            let first = out_rows.len();
+            let last = feeds[i].tokens.len() - read[i];
+            let all = feeds[i].want == Want::All || feeds[i].seq.memory.reads_logits();
+            for (j, entry) in plan.entries.iter().enumerate() {
+                let wanted = entry
+                    .token
+                    .is_some_and(|t| all || (feeds[i].want == Want::Last && t + 1 == last));
+                if wanted {
+                    out_rows.push(row + j);
+                }
+            }
+            answers.push((first..out_rows.len()).collect());
+            row += plan.entries.len();
+        }
+        let sequences: Vec<(&mut (dyn Memory + 'static), &Plan)> = feeds
+            .iter_mut()
+            .zip(&plans)
+            .filter(|(_, plan)| !plan.entries.is_empty())
+            .map(|(feed, plan)| (&mut *feed.seq.memory, plan))
+            .collect();
+        if !sequences.is_empty() {
+            let mut pass = Pass::new(
+                &self.ops,
+                &self.model.weights,
+                &mut self.scratch,
+                sequences,
+                out_rows,
+            );
+            (self.model.arch.forward)(&mut pass);
+        }
+        for (i, (feed, plan)) in feeds.iter_mut().zip(&plans).enumerate() {
+            if shares[i] == 0 {
+                continue;
+            }
+            let rows = match (answers[i].first(), answers[i].last()) {
+                (Some(first), Some(last)) => {
+                    &self.scratch.logits[first * n_vocab..(last + 1) * n_vocab]
+                }
+                _ => &[],
+            };
+            let tokens = &feed.tokens[read[i]..read[i] + shares[i]];
+            let memory = &mut feed.seq.memory;
+            let reads_logits = memory.reads_logits();
+            let taken = memory.commit(&self.ops, plan, tokens, reads_logits.then_some(rows));
+            feed.seq.tokens.extend_from_slice(&tokens[..taken]);
+            read[i] += taken;
+            match feed.want {
+                Want::None => {}
+                Want::All => logits[i].extend_from_slice(&rows[..taken * n_vocab]),
+                Want::Last if read[i] == feed.tokens.len() && taken > 0 => {
+                    logits[i] = rows[rows.len() - n_vocab..].to_vec();
+                }
+                Want::Last => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A conversation: the tokens read so far and what is remembered of them.
+pub struct Sequence {
+    memory: Box<dyn Memory>,
+    spec: MemorySpec,
+    options: SequenceOptions,
+    model: Arc<Model>,
+    tokens: Vec<u32>,
+    /// Forks of the memory at moments worth returning to, oldest first.
+    marks: Vec<(usize, Box<dyn Memory>)>,
+}
+
+/// Marks kept per sequence; the oldest but the first goes when one more is set.
+pub const MAX_MARKS: usize = 8;
+
+impl Sequence {
+    /// An empty sequence.
+    pub fn new(
+        model: &Arc<Model>,
+        spec: &MemorySpec,
+        options: SequenceOptions,
+    ) -> Result<Sequence> {
+        let hp = model.hparams();
+        let ctx = Context {
+            weights: Arc::clone(&model.weights),
+            pieces: Arc::new(TokenPieces(Arc::clone(&model.tokenizer))),
+            layout: PageLayout {
+                n_head_kv: hp.n_head_kv,
+                head_dim_k: hp.head_dim,
+                head_dim_v: hp.head_dim,
+                ty_k: options.type_k,
+                ty_v: options.type_v,
+            },
+            n_ctx: match options.n_ctx {
+                0 => hp.n_ctx_train,
+                n => n,
+            },
+        };
+        if (options.type_k == KvType::Q8_0 || options.type_v == KvType::Q8_0)
+            && !hp.head_dim.is_multiple_of(32)
+        {
+            return Err(spec.refuse(format!(
+                "q8_0 keys and values need heads of a multiple of 32, this model's have {}",
+                hp.head_dim
+            )));
+        }
+        Ok(Sequence {
+            memory: memory::build(&ctx, spec)?,
+            spec: spec.clone(),
+            options,
+            model: Arc::clone(model),
+            tokens: Vec::new(),
+            marks: Vec::new(),
+        })
+    }
+
+    /// Tokens read so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Number of tokens read so far.
+    pub fn n_past(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The memory's description.
+    pub fn spec(&self) -> &MemorySpec {
+        &self.spec
+    }
+
+    /// Numbers about the memory.
+    pub fn stats(&self) -> Stats {
+        self.memory.stats()
+    }
+
+    /// The nodes held.
+    pub fn nodes(&self) -> Vec<NodeInfo> {
+        self.memory.nodes()
+    }
+
+    /// A token that must come next whatever the logits say.
+    pub fn forced_next(&self) -> Option<u32> {
+        self.memory.forced_next()
+    }
+
+    /// Changes a dial of the memory (`tau`, `target_rate`).
+    pub fn set(&mut self, dial: &str, value: f64) -> Result<()> {
+        self.memory
+            .set(dial, value)
+            .map_err(|what| self.spec.refuse(what))
+    }
+
+    /// Remembers this moment: [`Sequence::truncate`] can return to it exactly. Pages are shared,
+    /// so a mark costs the recurrent state and what is freed later.
+    pub fn mark(&mut self) {
+        let n = self.tokens.len();
+        if self.marks.last().is_some_and(|(at, _)| *at == n) {
+            return;
+        }
+        if self.marks.len() == MAX_MARKS {
+            self.marks.remove(1);
+        }
+        self.marks.push((n, self.memory.fork()));
+    }
+
+    /// Goes back to at most `n` tokens and returns how many are still known: `n` where the memory
+    /// can take tokens back, else the last mark at or before `n`, else 0. The rest of the `n` must
+    /// be fed again.
+    pub fn truncate(&mut self, n: usize) -> usize {
+        let n = n.min(self.tokens.len());
+        self.marks.retain(|(at, _)| *at <= n);
+        // A memory that cannot go back empties itself: try on a fork.
+        let mut memory = self.memory.fork();
+        let mut held = memory.truncate(n);
+        if let Some((at, mark)) = self.marks.last()
+            && *at > held
+        {
+            memory = mark.fork();
+            held = *at;
+        }
+        self.memory = memory;
+        self.tokens.truncate(held);
+        held
+    }
+
+    /// Frees no cell from now on; what is visible stays the same. The mask that freeing is tested
+    /// against.
+    pub fn hold_all(&mut self) {
+        self.memory.store_mut().hold_all();
+    }
+
+    /// A second sequence with the same past; cells are shared until written.
+    pub fn fork(&self) -> Sequence {
+        Sequence {
+            memory: self.memory.fork(),
+            spec: self.spec.clone(),
+            options: self.options,
+            model: Arc::clone(&self.model),
+            tokens: self.tokens.clone(),
+            marks: Vec::new(),
+        }
+    }
+
+    /// Writes the sequence to `path`, replacing an older file only once all is written. `extra` is
+    /// the caller's own (sampler state).
+    pub fn save(&self, path: &Path, extra: &[u8]) -> Result<u64> {
+        let io = |source| Error::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let dir = match path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir,
+            _ => Path::new("."),
+        };
+        let mut temp = tempfile::Builder::new()
+            .prefix(".mneme-")
+            .tempfile_in(dir)
+            .map_err(io)?;
+        {
+            let mut buffered = BufWriter::new(temp.as_file_mut());
+            let mut out = Encoder::new(&mut buffered);
+            self.encode(&mut out, extra).map_err(io)?;
+            out.finish().map_err(io)?;
+            buffered.flush().map_err(io)?;
+        }
+        temp.as_file().sync_all().map_err(io)?;
+        let n = temp.as_file().metadata().map_err(io)?.len();
+        temp.persist(path).map_err(|e| io(e.error))?;
+        Ok(n)
+    }
+
+    fn encode(&self, out: &mut Encoder<'_>, extra: &[u8]) -> std::io::Result<()> {
+        out.bytes(&MAGIC)?;
+        out.u32(VERSION)?;
+        out.u64(self.model.identity())?;
+        out.blob(self.spec.text.as_bytes())?;
+        out.blob(kv_name(self.options.type_k).as_bytes())?;
+        out.blob(kv_name(self.options.type_v).as_bytes())?;
+        out.u32s(&self.tokens)?;
+        out.blob(extra)?;
+        self.memory.save(out)
+    }
+
+    /// Reads a sequence written by [`Sequence::save`] for the same model and memory; returns it
+    /// with the caller's bytes.
+    pub fn load(model: &Arc<Model>, path: &Path, n_ctx: usize) -> Result<(Sequence, Vec<u8>)> {
+        let refuse = |what: String| Error::Session {
+            path: path.to_owned(),
+            what,
+        };
+        let file = File::open(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        let len = file.metadata().map_or(0, |m| m.len());
+        let mut reader = BufReader::new(file);
+        let mut from = Decoder::new(&mut reader as &mut dyn Read, len);
+        let broken = |e: std::io::Error| refuse(e.to_string());
+        let mut magic = [0; 8];
+        from.bytes_into(&mut magic).map_err(broken)?;
+        if magic != MAGIC {
+            return Err(refuse("not a session file".into()));
+        }
+        let version = from.u32().map_err(broken)?;
+        if version != VERSION {
+            return Err(refuse(format!(
+                "version {version}; this program reads version {VERSION}"
+            )));
+        }
+        let identity = from.u64().map_err(broken)?;
+        if identity != model.identity() {
+            return Err(refuse(format!(
+                "made with another model than {}",
+                model.path.display()
+            )));
+        }
+        let spec: MemorySpec = from.string().map_err(broken)?.parse()?;
+        let mut kv = || -> Result<KvType> {
+            let name = from.string().map_err(broken)?;
+            kv_type(&name).ok_or_else(|| refuse(format!("unknown K/V type `{name}`")))
+        };
+        let options = SequenceOptions {
+            n_ctx,
+            type_k: kv()?,
+            type_v: kv()?,
+        };
+        let tokens = from.u32s().map_err(broken)?;
+        let n_vocab = model.hparams().n_vocab;
+        if let Some(&id) = tokens.iter().find(|&&id| id as usize >= n_vocab) {
+            return Err(Error::TokenId { id, n_vocab });
+        }
+        let extra = from.blob().map_err(broken)?;
+        let mut seq = Sequence::new(model, &spec, options)?;
+        seq.memory.restore(&mut from).map_err(broken)?;
+        from.finish().map_err(broken)?;
+        if seq.memory.stats().n_tokens != tokens.len() {
+            return Err(refuse("the tokens do not match the memory".into()));
+        }
+        seq.tokens = tokens;
+        Ok((seq, extra))
+    }
+}
+
+/// Names of K/V types as `-ctk` takes them.
+pub const KV_TYPES: &[(&str, KvType)] = &[
+    ("f32", KvType::F32),
+    ("f16", KvType::F16),
+    ("bf16", KvType::BF16),
+    ("q8_0", KvType::Q8_0),
+];
+
+/// The K/V type called `name`.
+pub fn kv_type(name: &str) -> Option<KvType> {
+    KV_TYPES.iter().find(|(n, _)| *n == name).map(|(_, t)| *t)
+}
+
+/// The name of a K/V type.
+pub fn kv_name(ty: KvType) -> &'static str {
+    let row = KV_TYPES.iter().find(|(_, t)| *t == ty);
+    row.expect("every type has a name").0
+}

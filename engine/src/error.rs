@@ -1,0 +1,109 @@
+//! Everything that can go wrong between a file and its logits, each naming the thing at fault.
+
+use std::path::PathBuf;
+
+/// An error of the engine. Messages are lower case and say what was expected and what was found.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The GGUF container itself is broken or unreadable.
+    #[error(transparent)]
+    Gguf(#[from] crate::gguf::Error),
+    /// The vocabulary in the file cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::tokenizer::Error),
+    /// The file's architecture has no forward pass here.
+    #[error("{path}: architecture `{arch}` is not supported; supported: {known}")]
+    Architecture {
+        /// The model file.
+        path: PathBuf,
+        /// `general.architecture` as found.
+        arch: String,
+        /// The supported ones, comma separated.
+        known: String,
+    },
+    /// A metadata key is absent or has a value no model can have.
+    #[error("key `{key}`: {what}")]
+    Key {
+        /// The full GGUF key.
+        key: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A tensor the architecture needs is not in the file.
+    #[error("tensor `{0}` not found")]
+    TensorMissing(String),
+    /// A tensor has another shape than the hyperparameters say.
+    #[error("tensor `{name}`: expected shape {expected:?}, got {got:?} (ggml order)")]
+    TensorShape {
+        /// Tensor name.
+        name: String,
+        /// Shape that follows from the hyperparameters, fastest dimension first.
+        expected: Vec<u64>,
+        /// Shape in the file.
+        got: Vec<u64>,
+    },
+    /// A tensor is stored in a type that cannot be used for it.
+    #[error("tensor `{name}`: type {ty} cannot be used {role}")]
+    TensorType {
+        /// Tensor name.
+        name: String,
+        /// Type in the file.
+        ty: String,
+        /// What the tensor is for.
+        role: &'static str,
+    },
+    /// A memory adapter was made for another base model.
+    #[error("memory adapter {adapter}: {what}")]
+    Adapter {
+        /// The adapter's file.
+        adapter: PathBuf,
+        /// What does not match.
+        what: String,
+    },
+    /// A `--memory` description that cannot be used with this model.
+    #[error("memory `{spec}`: {what}")]
+    Memory {
+        /// The description as given.
+        spec: String,
+        /// Why it is refused.
+        what: String,
+    },
+    /// The tokens do not fit; nothing was changed.
+    #[error("the context holds {n_ctx} cells and {held} are taken; {wanted} more do not fit")]
+    ContextFull {
+        /// Capacity in cells.
+        n_ctx: usize,
+        /// Cells held now.
+        held: usize,
+        /// Cells the tokens would add.
+        wanted: usize,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token id {id} is outside the vocabulary of {n_vocab}")]
+    TokenId {
+        /// The id.
+        id: u32,
+        /// Vocabulary size.
+        n_vocab: usize,
+    },
+    /// A session file that is broken or belongs to something else.
+    #[error("session {path}: {what}")]
+    Session {
+        /// The session file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Reading or writing failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+}
+
+/// Result of the engine's fallible functions.
+pub type Result<T> = std::result::Result<T, Error>;

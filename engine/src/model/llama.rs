@@ -1,0 +1,67 @@
+//! Llama 2 and 3, and Mistral, which is the same stack: no biases as a rule (some fine-tunes have
+//! them), rotary pairs of neighbours because conversion permutes q and k (arXiv 2307.09288).
+
+use super::Pass;
+use crate::ops::RopeKind;
+
+/// All layers and the head over the rows of `pass`.
+pub fn forward(pass: &mut Pass<'_>) {
+    let (ops, w) = (pass.ops, pass.w);
+    let hp = &w.hparams;
+    let (inv_freq, mscale) = (&w.rope_inv_freq, w.rope_mscale);
+    for (il, layer) in w.layers.iter().enumerate() {
+        let n = pass.n();
+        let s = &mut *pass.s;
+        ops.rms_norm(&s.x, &layer.attn_norm, hp.rms_eps, &mut s.h);
+        ops.mul_mat(
+            &s.h,
+            n,
+            &mut [
+                (&layer.attn_q, &mut s.q),
+                (&layer.attn_k, &mut s.k),
+                (&layer.attn_v, &mut s.v),
+            ],
+        );
+        if let Some(bias) = &layer.attn_q_bias {
+            ops.add_bias(&mut s.q, bias);
+        }
+        if let Some(bias) = &layer.attn_k_bias {
+            ops.add_bias(&mut s.k, bias);
+        }
+        if let Some(bias) = &layer.attn_v_bias {
+            ops.add_bias(&mut s.v, bias);
+        }
+        let rope = RopeKind::Norm;
+        ops.rope(
+            rope,
+            &mut s.q,
+            hp.n_head,
+            hp.head_dim,
+            &pass.pos,
+            inv_freq,
+            mscale,
+        );
+        ops.rope(
+            rope,
+            &mut s.k,
+            hp.n_head_kv,
+            hp.head_dim,
+            &pass.pos,
+            inv_freq,
+            mscale,
+        );
+
+        pass.attend(il);
+        pass.keep_wanted_rows(il);
+        let n = pass.n();
+        let s = &mut *pass.s;
+        ops.mul_mat(&s.att, n, &mut [(&layer.attn_output, &mut s.h)]);
+        if let Some(bias) = &layer.attn_output_bias {
+            ops.add_bias(&mut s.h, bias);
+        }
+        ops.add(&mut s.x, &s.h);
+
+        pass.feed_forward(layer);
+    }
+    pass.head();
+}

@@ -1,0 +1,61 @@
+//! Qwen3: no biases, an RMS norm on each query and key head, a head width of its own, NeoX rotary
+//! pairs (arXiv 2505.09388).
+
+use super::Pass;
+use crate::ops::RopeKind;
+
+/// All layers and the head over the rows of `pass`.
+pub fn forward(pass: &mut Pass<'_>) {
+    let (ops, w) = (pass.ops, pass.w);
+    let hp = &w.hparams;
+    let (inv_freq, mscale) = (&w.rope_inv_freq, w.rope_mscale);
+    for (il, layer) in w.layers.iter().enumerate() {
+        let n = pass.n();
+        let s = &mut *pass.s;
+        ops.rms_norm(&s.x, &layer.attn_norm, hp.rms_eps, &mut s.h);
+        ops.mul_mat(
+            &s.h,
+            n,
+            &mut [
+                (&layer.attn_q, &mut s.q),
+                (&layer.attn_k, &mut s.k),
+                (&layer.attn_v, &mut s.v),
+            ],
+        );
+        if let Some(norm) = &layer.attn_q_norm {
+            ops.rms_norm_in_place(&mut s.q, norm, hp.rms_eps);
+        }
+        if let Some(norm) = &layer.attn_k_norm {
+            ops.rms_norm_in_place(&mut s.k, norm, hp.rms_eps);
+        }
+        let rope = RopeKind::Neox;
+        ops.rope(
+            rope,
+            &mut s.q,
+            hp.n_head,
+            hp.head_dim,
+            &pass.pos,
+            inv_freq,
+            mscale,
+        );
+        ops.rope(
+            rope,
+            &mut s.k,
+            hp.n_head_kv,
+            hp.head_dim,
+            &pass.pos,
+            inv_freq,
+            mscale,
+        );
+
+        pass.attend(il);
+        pass.keep_wanted_rows(il);
+        let n = pass.n();
+        let s = &mut *pass.s;
+        ops.mul_mat(&s.att, n, &mut [(&layer.attn_output, &mut s.h)]);
+        ops.add(&mut s.x, &s.h);
+
+        pass.feed_forward(layer);
+    }
+    pass.head();
+}
