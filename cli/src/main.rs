@@ -5,10 +5,11 @@
 
 mod args;
 mod bench;
-mod generate;
 mod eval;
+mod generate;
 #[cfg(feature = "hf")]
 mod hub;
+mod inspect;
 mod interrupt;
 mod logits;
 mod npy;
@@ -19,6 +20,7 @@ mod report;
 mod run;
 mod saved;
 mod segments;
+mod tokenize;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -50,6 +52,10 @@ enum Command {
     Eval(eval::Args),
     /// Segments
     Segments(segments::Args),
+    /// What a GGUF file holds, and the memory it will take
+    Inspect(inspect::Args),
+    /// The tokens of a text
+    Tokenize(tokenize::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
 }
@@ -62,6 +68,8 @@ impl Command {
             Command::Bench(args) => bench::run(&args),
             Command::Eval(args) => eval::run(args),
             Command::Segments(args) => segments::run(&args),
+            Command::Inspect(args) => inspect::run(&args),
+            Command::Tokenize(args) => tokenize::run(&args),
             Command::Logits(args) => logits::run(&args),
         }
     }
