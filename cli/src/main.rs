@@ -10,6 +10,7 @@ mod eval;
 mod generate;
 #[cfg(feature = "hf")]
 mod hub;
+mod inspect;
 mod interrupt;
 mod logits;
 mod npy;
@@ -22,6 +23,7 @@ mod run;
 mod saved;
 mod segments;
 mod serve;
+mod tokenize;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -59,6 +61,10 @@ enum Command {
     Eval(eval::Args),
     /// Segments
     Segments(segments::Args),
+    /// What a GGUF file holds, and the memory it will take
+    Inspect(inspect::Args),
+    /// The tokens of a text
+    Tokenize(tokenize::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
 }
@@ -74,6 +80,8 @@ impl Command {
             Command::Bench(args) => bench::run(&args),
             Command::Eval(args) => eval::run(args),
             Command::Segments(args) => segments::run(&args),
+            Command::Inspect(args) => inspect::run(&args),
+            Command::Tokenize(args) => tokenize::run(&args),
             Command::Logits(args) => logits::run(&args),
         }
     }
