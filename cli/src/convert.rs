@@ -108,9 +108,14 @@ pub fn run(args: &Args) -> Result<()> {
 /// `FOLDER-TYPE.gguf` in the current folder.
 fn default_outfile(args: &Args) -> Result<PathBuf> {
     let folder = args.memory.as_ref().unwrap_or(&args.model);
-    let full = folder.canonicalize().with_context(|| folder.display().to_string())?;
+    let full = folder
+        .canonicalize()
+        .with_context(|| folder.display().to_string())?;
     let Some(name) = full.file_name() else {
-        bail!("{}: has no name to call the output by; give -o FILE", folder.display());
+        bail!(
+            "{}: has no name to call the output by; give -o FILE",
+            folder.display()
+        );
     };
     let mut name = name.to_os_string();
     if args.memory_adapter {
@@ -199,7 +204,10 @@ pub mod ggml_type {
     pub fn parse(text: &str) -> Result<Type, String> {
         let found = Type::from_name(text).filter(|ty| ty.can_quantize());
         found.ok_or_else(|| {
-            let names: Vec<_> = Type::all().filter(|ty| ty.can_quantize()).map(Type::name).collect();
+            let names: Vec<_> = Type::all()
+                .filter(|ty| ty.can_quantize())
+                .map(Type::name)
+                .collect();
             let hint = match mneme_convert::FileType::from_name(text) {
                 Some(_) => format!("{text} is a mixture of types, for `mneme quantize`; "),
                 None => String::new(),
@@ -218,7 +226,16 @@ mod tests {
         assert_eq!(parse_size("4G"), Ok(4_000_000_000));
         assert_eq!(parse_size("500m"), Ok(500_000_000));
         assert_eq!(parse_size("12"), Ok(12));
-        for bad in ["", "G", "-1", "0", "99999999999999999999", "4T", "1.5G", "é"] {
+        for bad in [
+            "",
+            "G",
+            "-1",
+            "0",
+            "99999999999999999999",
+            "4T",
+            "1.5G",
+            "é",
+        ] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
     }

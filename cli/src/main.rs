@@ -5,6 +5,9 @@
 
 mod args;
 mod bench;
+mod convert;
+mod eval;
+mod generate;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -13,7 +16,12 @@ mod npy;
 mod perplexity;
 mod plots;
 mod progress;
+mod quantize;
 mod report;
+mod run;
+mod saved;
+mod segments;
+mod serve;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -35,10 +43,22 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Go on with a text: from -p, a file or stdin
+    Run(run::Args),
+    /// Serve a model over HTTP: llama.cpp's protocol, OpenAI's and Anthropic's
+    Serve(serve::Args),
+    /// Bring a Hugging Face checkpoint or a memory into GGUF
+    Convert(convert::Args),
+    /// Write a GGUF in another type
+    Quantize(quantize::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// What each memory remembers of a text, side by side
+    Eval(eval::Args),
+    /// Segments
+    Segments(segments::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
 }
@@ -46,8 +66,14 @@ enum Command {
 impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
+            Command::Run(args) => run::run(&args),
+            Command::Serve(args) => serve::run(&args),
+            Command::Convert(args) => convert::run(&args),
+            Command::Quantize(args) => quantize::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Eval(args) => eval::run(args),
+            Command::Segments(args) => segments::run(&args),
             Command::Logits(args) => logits::run(&args),
         }
     }

@@ -3,6 +3,7 @@
 //! Format: numpy.org/doc/stable/reference/generated/numpy.lib.format.html. Magic `\x93NUMPY`,
 //! version, length of a header that is a Python dictionary literal, the values in C order.
 
+use crate::report::temp_beside;
 use anyhow::{Context, Result, bail};
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -146,14 +147,7 @@ impl RowWriter {
     /// Starts `path`, which will hold `[n_rows, n_cols]`.
     pub fn create(path: &Path, n_rows: usize, n_cols: usize) -> Result<RowWriter> {
         let named = || path.display().to_string();
-        let dir = match path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
-        let temp = tempfile::Builder::new()
-            .prefix(".mneme-")
-            .tempfile_in(dir)
-            .with_context(named)?;
+        let temp = temp_beside(path)?;
         let mut out = BufWriter::with_capacity(1 << 20, temp);
         let mut header =
             format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({n_rows}, {n_cols}), }}");

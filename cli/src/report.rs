@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail};
 use std::ffi::OsStr;
 use std::io::Write;
 use std::path::Path;
+use tempfile::NamedTempFile;
 
 /// What can be written about one set of results.
 pub struct Report {
@@ -42,19 +43,30 @@ impl Report {
 /// Writes `text` beside `path` and puts it in place, so that no half file is ever seen.
 pub fn write_text(path: &Path, text: &str) -> Result<()> {
     let named = || path.display().to_string();
-    let dir = match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir,
-        _ => Path::new("."),
-    };
-    let mut temp = tempfile::Builder::new()
-        .prefix(".mneme-")
-        .tempfile_in(dir)
-        .with_context(named)?;
+    let mut temp = temp_beside(path)?;
     temp.write_all(text.as_bytes()).with_context(named)?;
     temp.persist(path)
         .map_err(|e| e.error)
         .with_context(named)?;
     Ok(())
+}
+
+/// A temporary file in the folder of `path`, to be renamed to it; removed if that never happens.
+pub fn temp_beside(path: &Path) -> Result<NamedTempFile> {
+    #[cfg(unix)]
+    use std::os::unix::fs::PermissionsExt;
+    let dir = match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".mneme-");
+    // As any file a program writes: the umask decides, not the library's 0600.
+    #[cfg(unix)]
+    builder.permissions(std::fs::Permissions::from_mode(0o666));
+    builder
+        .tempfile_in(dir)
+        .with_context(|| path.display().to_string())
 }
 
 /// A Markdown table, columns as wide as their widest cell; the first `n_left` columns are

@@ -4,13 +4,17 @@
 //! rows into a [`model::Pass`], runs the architecture's forward pass over the verbs of [`ops`], and
 //! lets each memory commit. The engine knows no HTTP and no terminal.
 
+pub mod chat;
 pub mod engine;
 pub mod error;
 pub mod gguf;
+pub mod grammar;
 pub mod hparams;
 pub mod memory;
 pub mod model;
 pub mod ops;
+pub mod sampler;
+pub mod scheduler;
 pub mod session;
 pub mod tokenizer;
 pub mod weights;

@@ -8,7 +8,7 @@
 use super::ahn::{sigmoid, softplus};
 use crate::error::{Error, Result};
 use crate::hparams::Hparams;
-use crate::ops::{Cpu, Matrix};
+use crate::ops::{Cpu, Matrix, Table};
 use crate::weights::Loader;
 use mneme_kernels::recur::{Form, Recur, Rule};
 
@@ -206,6 +206,25 @@ impl NodeTensors {
             .unwrap_or_default();
         at.last = Some(u[(n - 1) * c..].into());
         (u, p)
+    }
+
+    /// Boundary probability of each of `tokens` read from the start of a text, for people to look
+    /// at; empty if the file has no trained decider.
+    pub fn boundary_probabilities(
+        &self,
+        ops: &Cpu,
+        token_embd: &Table,
+        n_embd: usize,
+        tokens: &[u32],
+    ) -> Vec<f32> {
+        let mut trunk = self.start();
+        let mut out = Vec::with_capacity(tokens.len());
+        for part in tokens.chunks(512) {
+            let mut x = vec![0.0; part.len() * n_embd];
+            ops.get_rows(token_embd, part, &mut x);
+            out.extend(self.read(ops, &mut trunk, &x, part.len()).1);
+        }
+        out
     }
 
     /// Folds `h` `[n, c]` into the active memory `state`, which starts anew before each of

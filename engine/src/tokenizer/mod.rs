@@ -76,8 +76,8 @@ pub struct SpecialIds {
 }
 
 enum Kind {
-    Bpe(ByteBpe),
-    Spm(Spm),
+    Bpe(Box<ByteBpe>),
+    Spm(Box<Spm>),
 }
 
 /// A vocabulary with its rules. Immutable and shared between threads.
@@ -306,13 +306,12 @@ impl Tokenizer {
         let kind = match family {
             Some(family) => {
                 let merges = gguf.arr_str("tokenizer.ggml.merges")?;
-                Kind::Bpe(ByteBpe::new(&texts, merges, family)?)
+                Kind::Bpe(Box::new(ByteBpe::new(&texts, merges, family)?))
             }
-            None => Kind::Spm(Spm::new(
-                &texts,
-                read_scores(gguf, n_vocab)?,
-                byte_tokens(&by_text),
-            )),
+            None => {
+                let scores = read_scores(gguf, n_vocab)?;
+                Kind::Spm(Box::new(Spm::new(&texts, scores, byte_tokens(&by_text))))
+            }
         };
         Ok(Tokenizer {
             kind,
@@ -390,6 +389,18 @@ impl Tokenizer {
             out.extend(self.ids.eos);
         }
         out
+    }
+
+    /// Token ids of a rendered chat prompt: special tokens are parsed, and BOS is put in front where the model wants it
+    /// and the template has not written it already.
+    pub fn encode_prompt(&self, text: &str) -> Vec<u32> {
+        let mut ids = self.encode(text, false, true);
+        if let Some(bos) = self.ids.bos.filter(|_| self.add_bos)
+            && ids.first() != Some(&bos)
+        {
+            ids.insert(0, bos);
+        }
+        ids
     }
 
     /// The bytes a token stands for: for control and user-defined tokens their text, nothing for unused tokens and

@@ -46,10 +46,6 @@ impl Utf8Stream {
 
 /// Number of bytes at the end that may become a character with more bytes.
 fn incomplete_tail(bytes: &[u8]) -> usize {
-    match std::str::from_utf8(&bytes[bytes.len().saturating_sub(3)..]) {
-        Ok(_) => return 0,
-        Err(_) => {}
-    }
     for n in 1..=bytes.len().min(3) {
         let tail = &bytes[bytes.len() - n..];
         // A lead byte: incomplete if the error is that the input ends too early.

@@ -33,6 +33,14 @@ pub(crate) struct PageKernels {
     pub(crate) integer_q: bool,
 }
 
+/// Where a head's cells end on this page, and how far the next page's are from there: what a
+/// kernel needs to ask memory for cells before it uses them.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    pub(crate) end: *const u8,
+    pub(crate) jump: isize,
+}
+
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([f32; 16]);
@@ -96,6 +104,7 @@ pub(crate) struct Tile {
     pub(crate) acc: Buffer,
     /// Room for a page of keys or values as F32.
     pub(crate) wide: Buffer,
+    pub(crate) ahead: Ahead,
     /// Room for integer weights, `[row][2][64]` bytes.
     pub(crate) w16: Vec<u8>,
     /// Merged partitions: `[row]`, `[row]`, `[row][dim_v]`.
@@ -299,6 +308,10 @@ impl Tile {
             l: Buffer::default(),
             acc: Buffer::default(),
             wide: Buffer::default(),
+            ahead: Ahead {
+                end: std::ptr::null(),
+                jump: 0,
+            },
             w16: Vec::new(),
             total_m: Vec::new(),
             total_l: Vec::new(),
@@ -385,7 +398,7 @@ impl Tile {
                 for byte in 0..4 {
                     let i = word * 4 + byte;
                     if i < dim {
-                        let x = (q[at(i)] * inverse).round_ties_even() as i32;
+                        let x = round(q[at(i)] * inverse);
                         high[byte] = ((x + 128) >> 8) as i8;
                         low[byte] = (x - (i32::from(high[byte]) << 8)) as i8;
                     }
@@ -487,10 +500,18 @@ impl Tile {
             if any == 0 {
                 continue;
             }
-            let page = if kept {
-                cells.kept[start as usize / PAGE_CELLS]
+            let (pages, at) = if kept {
+                (cells.kept, start as usize / PAGE_CELLS)
             } else {
-                cells.raw[((start - cells.raw_base) / PAGE_CELLS as u64) as usize]
+                let at = (start - cells.raw_base) / PAGE_CELLS as u64;
+                (cells.raw, at as usize)
+            };
+            let page = pages[at];
+            let end = page[head..][..call.layout.head_bytes()].as_ptr_range().end;
+            let next = pages.get(at + 1).map_or(page, |next| next);
+            self.ahead = Ahead {
+                end,
+                jump: next[head..].as_ptr() as isize - end as isize,
             };
             // SAFETY: the page has the layout's size (`check`), so the head's keys and values
             // lie in it; the kernels' set is available.
@@ -575,6 +596,13 @@ impl Tile {
         let width = BLOCK.min(self.dim_v - chunk * BLOCK);
         (chunk * BLOCK * PAGE_CELLS, width)
     }
+}
+
+/// The nearest integer, the even one of two; for magnitudes below 2^22. Adding 1.5 * 2^23 leaves
+/// the integer in the low bits; `round_ties_even` is a library call on plain x86-64.
+fn round(x: f32) -> i32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (x + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
 }
 
 /// Bits `0..n`, all of them from 64 on.

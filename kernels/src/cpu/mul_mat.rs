@@ -1,9 +1,13 @@
 //! What every vector instruction set's `mul_mat` works on: one panel, some tokens.
 
-use crate::mul_mat::activations::Quants;
+use crate::mul_mat::activations::{GROUP, Group, Quants};
 use crate::mul_mat::buffer::Buffer;
-use crate::mul_mat::layout::{ROWS, VECTOR, scales_offset};
+use crate::mul_mat::layout::{
+    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR,
+    scales_offset,
+};
 use crate::quant::WeightType;
+use half::f16;
 use std::ops::Range;
 
 /// Activations of all tokens, in the form the weight type calls for.
@@ -33,6 +37,7 @@ pub(crate) struct Panel<'a> {
 
 impl Panel<'_> {
     /// The same panel times other tokens.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn with_tokens(&self, tokens: Range<usize>) -> Self {
         Panel { tokens, ..*self }
     }
@@ -46,14 +51,15 @@ impl Panel<'_> {
 /// 256 columns of a panel, unpacked.
 #[repr(C, align(64))]
 pub(crate) struct Unpacked {
-    /// `[64][16]` words of four unsigned quants.
+    /// `[64][16]` words of four quants: signed for Q8_0, else unsigned.
     pub(crate) words: [[u8; VECTOR]; 64],
     /// K types: scales of the sub-blocks.
     pub(crate) scales: [[i32; ROWS]; 16],
     /// Q4_K: minima of sub-blocks `2i` and `2i + 1`, side by side for each row.
     pub(crate) mins: [[i16; 2 * ROWS]; 4],
-    /// K types: scale of the scales, scale of the minima.
-    pub(crate) d: [f32; ROWS],
+    /// Scale of each block; K types have one block.
+    pub(crate) d: [[f32; ROWS]; 8],
+    /// Q4_K: scale of the minima.
     pub(crate) dmin: [f32; ROWS],
 }
 
@@ -86,6 +92,177 @@ impl Scratch {
                 std::slice::from_raw_parts_mut(self.acc.as_mut_ptr().cast(), n),
                 &mut *self.unpacked.as_mut_ptr().cast(),
             )
+        }
+    }
+}
+
+/// A register tile: adds some blocks of 32 or one of 256 for `acc.len()` tokens of a group.
+pub(crate) type Tile = unsafe fn(WeightType, &Unpacked, Range<usize>, Group, &mut [[f32; ROWS]]);
+
+/// A panel times its tokens for instruction sets without forms of their own for few and many
+/// tokens: 256 columns at a time, unpacked, `TOKENS` tokens by `tile`.
+///
+/// # Safety
+/// `p` describes live memory; `tile` may be called on this machine.
+#[inline(always)]
+pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
+    p: &Panel<'_>,
+    x: &Quants,
+    scratch: &mut Scratch,
+    tile: Tile,
+) {
+    // SAFETY: Unpacked is plain numbers.
+    let (acc, unpacked) = unsafe { scratch.parts::<Unpacked>(p.tokens.len()) };
+    acc.fill([0.0; ROWS]);
+    let block_len = p.ty.block_len();
+    let n_blocks = p.n_cols / block_len;
+    for b in (0..n_blocks).step_by(256 / block_len) {
+        let blocks = b..(b + 256 / block_len).min(n_blocks);
+        // SAFETY: the panel has these blocks.
+        unsafe { unpack(p, blocks.clone(), unpacked) };
+        let mut t = p.tokens.start;
+        while t < p.tokens.end {
+            let in_group = t % GROUP;
+            let n = (p.tokens.end - t).min(GROUP - in_group).min(TOKENS);
+            let n = if n < TOKENS { 1 } else { n };
+            let acc = &mut acc[t - p.tokens.start..][..n];
+            // SAFETY: the group has these tokens and blocks.
+            unsafe {
+                let x = x.group(t / GROUP).at_token(in_group);
+                tile(p.ty, unpacked, blocks.clone(), x, acc);
+            }
+            t += n;
+        }
+    }
+    for (t, acc) in p.tokens.clone().zip(acc) {
+        // SAFETY: the panel's own rows of this token.
+        unsafe {
+            let out = p.out.add(t * p.stride);
+            std::ptr::copy_nonoverlapping(acc.as_ptr(), out, p.rows);
+        }
+    }
+}
+
+/// Unpacks blocks of a panel that make up to 256 columns.
+///
+/// # Safety
+/// The panel has these blocks.
+#[inline(always)]
+unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked) {
+    let vector = |at: *const u8| -> &[u8; VECTOR] {
+        // SAFETY: only vectors of the panel's blocks are asked for.
+        unsafe { &*at.cast() }
+    };
+    let halves = |at: *const u8, out: &mut [f32; ROWS]| {
+        // SAFETY: only scales of the panel's blocks are asked for.
+        let bytes: &[[u8; 2]; ROWS] = unsafe { &*at.cast() };
+        for r in 0..ROWS {
+            out[r] = f16::from_le_bytes(bytes[r]).to_f32();
+        }
+    };
+    for (i, b) in blocks.enumerate() {
+        if p.ty != WeightType::Q4_K {
+            halves(p.scales().wrapping_add(2 * ROWS * b), &mut to.d[i]);
+        }
+        match p.ty {
+            WeightType::Q8_0 => {
+                for j in 0..8 {
+                    to.words[8 * i + j] = *vector(p.bytes.wrapping_add((8 * b + j) * VECTOR));
+                }
+            }
+            WeightType::Q4_0 => {
+                for j in 0..4 {
+                    let v = vector(p.bytes.wrapping_add((4 * b + j) * VECTOR));
+                    to.words[8 * i + j] = v.map(|v| v & 15);
+                    to.words[8 * i + j + 4] = v.map(|v| v >> 4);
+                }
+            }
+            WeightType::Q4_K => {
+                unpack_q4_k(p.bytes.wrapping_add(b * Q4_K_BLOCK), to, vector, halves)
+            }
+            _ => unpack_q6_k(p.bytes.wrapping_add(b * Q6_K_BLOCK), to, vector),
+        }
+    }
+}
+
+#[inline(always)]
+fn unpack_q4_k<'a>(
+    block: *const u8,
+    to: &mut Unpacked,
+    vector: impl Fn(*const u8) -> &'a [u8; VECTOR],
+    halves: impl Fn(*const u8, &mut [f32; ROWS]),
+) {
+    for i in 0..32 {
+        let v = vector(block.wrapping_add(i * VECTOR));
+        let at = i / 8 * 16 + i % 8;
+        to.words[at] = v.map(|v| v & 15);
+        to.words[at + 8] = v.map(|v| v >> 4);
+    }
+    let [scale, min, top] =
+        std::array::from_fn(|i| vector(block.wrapping_add(Q4_K_SCALES + i * VECTOR)));
+    for r in 0..ROWS {
+        for s in 0..4 {
+            let i = 4 * r + s;
+            to.scales[s][r] = i32::from(scale[i] & 63);
+            to.scales[s + 4][r] = i32::from((top[i] & 15) | ((scale[i] >> 6) << 4));
+            to.mins[s / 2][2 * r + s % 2] = i16::from(min[i] & 63);
+            to.mins[2 + s / 2][2 * r + s % 2] = i16::from((top[i] >> 4) | ((min[i] >> 6) << 4));
+        }
+    }
+    halves(block.wrapping_add(Q4_K_D), &mut to.d[0]);
+    halves(block.wrapping_add(Q4_K_D + 2 * ROWS), &mut to.dmin);
+}
+
+#[inline(always)]
+fn unpack_q6_k<'a>(
+    block: *const u8,
+    to: &mut Unpacked,
+    vector: impl Fn(*const u8) -> &'a [u8; VECTOR],
+) {
+    for half in 0..2 {
+        for j in 0..8 {
+            let low = |i: usize| vector(block.wrapping_add((16 * half + 8 * i + j) * VECTOR));
+            let (low0, low1) = (low(0), low(1));
+            let high = vector(block.wrapping_add(Q6_K_HIGH + (8 * half + j) * VECTOR));
+            let at = 32 * half + j;
+            for i in 0..VECTOR {
+                to.words[at][i] = (low0[i] & 15) | ((high[i] & 3) << 4);
+                to.words[at + 8][i] = (low1[i] & 15) | ((high[i] & 12) << 2);
+                to.words[at + 16][i] = (low0[i] >> 4) | (high[i] & 48);
+                to.words[at + 24][i] = (low1[i] >> 4) | ((high[i] & 192) >> 2);
+            }
+        }
+    }
+    for s in 0..16 {
+        let scales = vector(block.wrapping_add(Q6_K_SCALES + s / 4 * VECTOR));
+        for r in 0..ROWS {
+            to.scales[s][r] = i32::from(scales[4 * r + s % 4] as i8);
+        }
+    }
+}
+
+/// Weights of one column of a panel of F32, F16 or BF16.
+#[inline(always)]
+pub(crate) unsafe fn column(ty: WeightType, bytes: *const u8, k: usize) -> [f32; ROWS] {
+    // SAFETY: the caller has this column.
+    unsafe {
+        match ty {
+            WeightType::F32 => *bytes.add(k * VECTOR).cast(),
+            WeightType::F16 => {
+                let halves: &[[u8; 2]; ROWS] = &*bytes.add(k * 2 * ROWS).cast();
+                halves.map(|h| f16::from_le_bytes(h).to_f32())
+            }
+            _ => {
+                let words: &[[u8; 4]; ROWS] = &*bytes.add(k / 2 * VECTOR).cast();
+                words.map(|w| {
+                    let w = u32::from_le_bytes(w);
+                    f32::from_bits(if k.is_multiple_of(2) {
+                        w << 16
+                    } else {
+                        w & 0xFFFF_0000
+                    })
+                })
+            }
         }
     }
 }

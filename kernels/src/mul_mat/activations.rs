@@ -142,7 +142,7 @@ impl Group {
     /// # Safety
     /// `t` is below `width`.
     #[inline(always)]
-    pub(crate) unsafe fn from_token(&self, t: usize) -> Group {
+    pub(crate) unsafe fn at_token(&self, t: usize) -> Group {
         // SAFETY: each array holds `width` tokens per block; the arrays of the other block
         // length are empty and their pointers only moved, never read.
         unsafe {
@@ -171,76 +171,99 @@ pub(crate) struct Parts<'a> {
 
 /// Where one token's blocks go.
 pub(crate) struct Place {
-    block_len: usize,
+    pub(crate) block_len: usize,
     width: usize,
     token: usize,
     first_byte: usize,
     first_block: usize,
 }
 
-/// [`quantize_row`] compiled for an instruction set.
+impl Place {
+    /// The token's bytes of `n` columns from `column` on, which lie within 64 columns.
+    ///
+    /// # Safety
+    /// Only one thread has the token, and only one such slice.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub(crate) unsafe fn bytes<'a>(
+        &self,
+        parts: &'a Parts<'_>,
+        column: usize,
+        n: usize,
+    ) -> &'a mut [u8] {
+        let at = self.first_byte + (column / 64 * self.width + self.token) * 64 + column % 64;
+        // SAFETY: passed on.
+        unsafe { parts.q.part(at..at + n) }
+    }
+
+    /// Sets scale and sum of block `b` of 32. (Sums are small; those of a block with a NaN may be
+    /// anything, and its scale makes nothing of them.)
+    ///
+    /// # Safety
+    /// Only one thread has the token.
+    #[inline(always)]
+    pub(crate) unsafe fn end_32(&self, parts: &Parts<'_>, b: usize, d: f32, sum: i32) {
+        let i = self.first_block + b * self.width + self.token;
+        // SAFETY: passed on.
+        unsafe {
+            parts.d.part(i..i + 1)[0] = d;
+            parts.neg8.part(i..i + 1)[0] = sum.wrapping_mul(-8);
+            parts.neg128.part(i..i + 1)[0] = sum.wrapping_mul(-128);
+        }
+    }
+
+    /// Sets scale and sums (of each 16 columns) of block `b` of 256.
+    ///
+    /// # Safety
+    /// Only one thread has the token.
+    #[inline(always)]
+    pub(crate) unsafe fn end_256(&self, parts: &Parts<'_>, b: usize, d: f32, sums: &[i32; 16]) {
+        let i = self.first_block + b * self.width + self.token;
+        // SAFETY: passed on.
+        unsafe {
+            parts.d.part(i..i + 1)[0] = d;
+            let neg32 = parts.neg32.part(16 * i..16 * (i + 1));
+            let sum32 = parts.sum32.part(8 * i..8 * (i + 1));
+            for j in 0..16 {
+                neg32[j] = sums[j].wrapping_mul(-32);
+            }
+            for j in 0..8 {
+                sum32[j] = sums[2 * j].wrapping_add(sums[2 * j + 1]) as i16;
+            }
+        }
+    }
+}
+
+/// [`quantize_row`] compiled for an instruction set, or one that does the same.
 pub(crate) type QuantizeRow = unsafe fn(&[f32], &Place, &Parts<'_>);
 
-/// Quantises one token. Inlined into each instruction set's own function, where the loops of
+/// Quantises one token. Inlined into an instruction set's own function, where the loops of
 /// fixed length become its vectors; the arithmetic is exact or singly rounded, hence the same.
 ///
 /// # Safety
 /// No other thread writes the same token.
 #[inline(always)]
 pub(crate) unsafe fn quantize_row(x: &[f32], at: &Place, parts: &Parts<'_>) {
-    // SAFETY: passed on.
-    unsafe {
-        if at.block_len == 32 {
-            blocks_of_32(x, at, parts);
-        } else {
-            blocks_of_256(x, at, parts);
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn blocks_of_32(x: &[f32], at: &Place, parts: &Parts<'_>) {
-    for (b, x) in x.as_chunks::<32>().0.iter().enumerate() {
-        let byte = at.first_byte + (b / 2 * at.width + at.token) * 64 + b % 2 * 32;
-        let block = at.first_block + b * at.width + at.token;
-        // SAFETY: bytes and sums of this token and block only.
-        unsafe {
-            let q = parts.q.part(byte..byte + 32);
-            let q = q.as_chunks_mut::<32>().0;
+    if at.block_len == 32 {
+        for (b, x) in x.as_chunks::<32>().0.iter().enumerate() {
             let (d, inverse) = scale(max_abs_bits(x));
-            let sum = round_block(x, inverse, &mut q[0]);
-            parts.d.part(block..block + 1)[0] = d;
-            parts.neg8.part(block..block + 1)[0] = -8 * sum;
-            parts.neg128.part(block..block + 1)[0] = -128 * sum;
-            // The other half of the last 64 bytes is read by AMX against zero weights or not at
-            // all; it stays what it was, which is harmless for integers.
+            // SAFETY: passed on. Of a last half of 64 bytes nobody reads the other half.
+            unsafe {
+                let sum = round(x, inverse, at.bytes(parts, 32 * b, 32));
+                at.end_32(parts, b, d, sum);
+            }
         }
-    }
-}
-
-#[inline(always)]
-unsafe fn blocks_of_256(x: &[f32], at: &Place, parts: &Parts<'_>) {
-    for (b, x) in x.as_chunks::<256>().0.iter().enumerate() {
-        let block = at.first_block + b * at.width + at.token;
-        let runs = x.as_chunks::<16>().0;
-        let (d, inverse) = scale(runs.iter().map(max_abs_bits).max().unwrap_or(0));
-        // SAFETY: bytes and sums of this token and block only.
-        unsafe {
-            parts.d.part(block..block + 1)[0] = d;
-            let neg32 = parts.neg32.part(16 * block..16 * (block + 1));
-            for (i, run) in runs.iter().enumerate() {
-                let chunk = 4 * b + i / 4;
-                let byte = at.first_byte + (chunk * at.width + at.token) * 64 + i % 4 * 16;
-                let q = parts.q.part(byte..byte + 16).as_chunks_mut::<16>().0;
-                neg32[i] = round_block(run, inverse, &mut q[0]);
+    } else {
+        for (b, x) in x.as_chunks::<256>().0.iter().enumerate() {
+            let (d, inverse) = scale(max_abs_bits(x));
+            let mut sums = [0; 16];
+            for i in 0..16 {
+                let run: &[f32; 16] = &x.as_chunks().0[i];
+                // SAFETY: passed on.
+                sums[i] = unsafe { round(run, inverse, at.bytes(parts, 256 * b + 16 * i, 16)) };
             }
-            let sum32 = parts.sum32.part(8 * block..8 * (block + 1));
-            for (sum, pair) in sum32.iter_mut().zip(neg32.as_chunks::<2>().0) {
-                *sum = (pair[0] + pair[1]) as i16;
-            }
-            for sum in neg32 {
-                *sum *= -32;
-            }
+            // SAFETY: passed on.
+            unsafe { at.end_256(parts, b, d, &sums) }
         }
     }
 }
@@ -249,17 +272,19 @@ unsafe fn blocks_of_256(x: &[f32], at: &Place, parts: &Parts<'_>) {
 #[inline(always)]
 fn max_abs_bits<const N: usize>(x: &[f32; N]) -> u32 {
     let mut lanes = [0u32; 16];
-    for run in x.as_chunks::<16>().0 {
-        for (lane, v) in lanes.iter_mut().zip(run) {
-            *lane = (*lane).max(v.to_bits() & 0x7FFF_FFFF);
-        }
+    for i in 0..N {
+        lanes[i % 16] = lanes[i % 16].max(x[i].to_bits() & 0x7FFF_FFFF);
     }
-    lanes.into_iter().max().unwrap_or(0)
+    let mut max = 0;
+    for lane in lanes {
+        max = max.max(lane);
+    }
+    max
 }
 
 /// The scale of a block and what its numbers are multiplied by before rounding.
 #[inline(always)]
-fn scale(max_abs_bits: u32) -> (f32, f32) {
+pub(crate) fn scale(max_abs_bits: u32) -> (f32, f32) {
     let max = f32::from_bits(max_abs_bits);
     if !max.is_finite() {
         (f32::NAN, 0.0)
@@ -270,17 +295,18 @@ fn scale(max_abs_bits: u32) -> (f32, f32) {
     }
 }
 
-/// Rounds a block and returns the sum of its quants.
+/// Rounds a block into `q` and returns the sum of its quants.
 #[inline(always)]
-fn round_block<const N: usize>(x: &[f32; N], inverse: f32, q: &mut [u8; N]) -> i32 {
+fn round<const N: usize>(x: &[f32; N], inverse: f32, q: &mut [u8]) -> i32 {
     // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits; it turns a NaN
     // (infinity times zero) into some number, and is one instruction everywhere.
     const MAGIC: f32 = 12_582_912.0;
-    let mut sums = [0i32; N];
+    let q = &mut q[..N];
+    let mut sum = 0;
     for i in 0..N {
         let v = (x[i] * inverse + MAGIC).to_bits() as i8;
         q[i] = v as u8;
-        sums[i] = i32::from(v);
+        sum += i32::from(v);
     }
-    sums.iter().sum()
+    sum
 }

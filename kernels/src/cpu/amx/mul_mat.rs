@@ -8,7 +8,7 @@
 //! `avx512::mul_mat`, so results are the same to the bit.
 
 use crate::cpu::avx512;
-use crate::cpu::avx512::mul_mat::{end, end_min, halves, load, min_sum, put, store};
+use crate::cpu::avx512::mul_mat::{end, end_min, halves, load, min_sum, put, store_all};
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
 use crate::mul_mat::activations::{GROUP, Group, Quants};
 use crate::mul_mat::layout::{Q4_K_BLOCK, Q6_K_BLOCK, ROWS, VECTOR};
@@ -26,7 +26,8 @@ type Sums = [[i32; ROWS]; GROUP];
 /// Working memory of a thread.
 #[repr(C, align(64))]
 struct Work {
-    sums: [Sums; 4],
+    /// Two sets, so that one can be written while the other is read.
+    sums: [[Sums; 4]; 2],
     unpacked: Unpacked,
     /// `[64][16]` words of four signed bytes.
     low: [[u8; VECTOR]; 64],
@@ -90,14 +91,9 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
                     unpack_q4_0(p.bytes, blocks.clone(), &mut work.low);
                     work.low.as_ptr().cast::<u8>().wrapping_sub(b * 8 * VECTOR)
                 };
-                for (g, acc) in groups.clone().zip(&mut *acc) {
-                    let x = x.group(g);
-                    if x.width == GROUP {
-                        blocks_of_32::<GROUP>(words, p.scales(), blocks.clone(), x, acc, work);
-                    } else {
-                        blocks_of_32::<0>(words, p.scales(), blocks.clone(), x, acc, work);
-                    }
-                }
+                let scales = p.scales();
+                let groups = groups.clone();
+                blocks_of_32(words, scales, blocks, groups, x, acc, &mut work.sums);
             }
         } else {
             configure(&super::CONFIG);
@@ -113,9 +109,13 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
                     split::<4, 32>(work);
                 }
                 let mut g = groups.start;
+                let x_all = x;
                 for pair in acc.chunks_mut(2) {
                     let x: [Group; 2] = std::array::from_fn(|i| x.group(g + i.min(pair.len() - 1)));
                     multiply_256(work, b, &x[..pair.len()]);
+                    for next in g + 2..(g + 4).min(groups.end) {
+                        fetch_group(&x_all.group(next), 256 * b..256 * (b + 1));
+                    }
                     for (i, acc) in pair.iter_mut().enumerate() {
                         if q4_k {
                             finish_256::<true>(work, i, b, x[i], acc);
@@ -128,9 +128,7 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
             }
         }
         release();
-        for (t, acc) in tokens.zip(acc.as_flattened()) {
-            store(p, t, _mm512_loadu_ps(acc.as_ptr()));
-        }
+        store_all(p, tokens, acc.as_flattened());
     }
 }
 
@@ -153,73 +151,173 @@ unsafe fn unpack_q4_0(bytes: *const u8, blocks: Range<usize>, to: &mut [[u8; VEC
     }
 }
 
-/// `{sums} = {tokens} x {words}` for 32 columns, in tiles of their own so that the processor may
-/// overlap four of them with each other and with the F32 arithmetic around.
-macro_rules! multiply_32 {
-    ($q:expr, $words:expr, $sums:expr, $c:tt, $a:tt, $b:tt) => {
+/// Four blocks of 32 columns times a group: `sums[i]` is block `first + i`. The group is in
+/// chunks of two blocks, `chunk` bytes apart.
+#[inline]
+unsafe fn multiply_32(q: *const i8, chunk: usize, words: *const u8, sums: *mut Sums) {
+    // SAFETY: the caller has four blocks of columns and of words, starting at an even block.
+    unsafe {
         asm!(
-            concat!("tileloadd ", $a, ", [{q} + {step}*1]"),
-            concat!("tileloadd ", $b, ", [{words} + {step}*1]"),
-            concat!("tilezero ", $c),
-            concat!("tdpbssd ", $c, ", ", $a, ", ", $b),
-            concat!("tilestored [{sums} + {step}*1], ", $c),
-            q = in(reg) $q,
-            words = in(reg) $words,
-            sums = in(reg) $sums,
+            "tileloadd tmm4, [{q} + {step}*1]",
+            "tileloadd tmm6, [{words} + {step}*1]",
+            "tilezero tmm0",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{q} + {step}*1 + 32]",
+            "tileloadd tmm7, [{words} + {step}*1 + 512]",
+            "tilezero tmm1",
+            "tdpbssd tmm1, tmm5, tmm7",
+            "tileloadd tmm4, [{next} + {step}*1]",
+            "tileloadd tmm6, [{words} + {step}*1 + 1024]",
+            "tilezero tmm2",
+            "tdpbssd tmm2, tmm4, tmm6",
+            "tileloadd tmm5, [{next} + {step}*1 + 32]",
+            "tileloadd tmm7, [{words} + {step}*1 + 1536]",
+            "tilezero tmm3",
+            "tdpbssd tmm3, tmm5, tmm7",
+            "tilestored [{sums} + {step}*1], tmm0",
+            "tilestored [{sums} + {step}*1 + 1024], tmm1",
+            "tilestored [{sums} + {step}*1 + 2048], tmm2",
+            "tilestored [{sums} + {step}*1 + 3072], tmm3",
+            q = in(reg) q,
+            next = in(reg) q.add(chunk),
+            words = in(reg) words,
+            sums = in(reg) sums,
             step = in(reg) VECTOR,
-            out($a) _, out($b) _, out($c) _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
-        )
-    };
+        );
+    }
 }
 
-/// Adds up to eight blocks of 32 columns to a group's sums; `WIDTH` is the group's, or 0 if it
-/// is narrower than 16.
+/// One block of 32 columns times a group, where fewer than four are left.
+#[inline]
+unsafe fn multiply_one_32(q: *const i8, words: *const u8, sums: *mut Sums) {
+    // SAFETY: the caller has the block.
+    unsafe {
+        asm!(
+            "tileloadd tmm4, [{q} + {step}*1]",
+            "tileloadd tmm6, [{words} + {step}*1]",
+            "tilezero tmm0",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tilestored [{sums} + {step}*1], tmm0",
+            q = in(reg) q,
+            words = in(reg) words,
+            sums = in(reg) sums,
+            step = in(reg) VECTOR,
+            out("tmm0") _, out("tmm4") _, out("tmm6") _,
+            options(nostack),
+        );
+    }
+}
+
+/// Up to four blocks of 32 columns, from the even block `first` on, times a group.
+#[inline]
+unsafe fn multiply_blocks(
+    words: *const u8,
+    first: usize,
+    end: usize,
+    x: &Group,
+    sums: &mut [Sums; 4],
+) {
+    let chunk = x.width * 64;
+    let sums = sums.as_mut_ptr();
+    // SAFETY: the panel and the group have these blocks.
+    unsafe {
+        let q = x.q.add(first / 2 * chunk);
+        let words = words.wrapping_add(first * 8 * VECTOR);
+        if end - first >= 4 {
+            return multiply_32(q, chunk, words, sums);
+        }
+        for i in 0..end - first {
+            let q = q.add(i / 2 * chunk + i % 2 * 32);
+            multiply_one_32(q, words.add(i * 8 * VECTOR), sums.add(i));
+        }
+    }
+}
+
+/// Adds the products of blocks `blocks` to a group's sums. In a group that is not `FULL` the
+/// tokens it lacks get numbers that nobody reads.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn blocks_of_32<const WIDTH: usize>(
+unsafe fn finish_32<const FULL: bool>(
+    sums: &[Sums; 4],
+    scales: *const u8,
+    blocks: Range<usize>,
+    x: &Group,
+    acc: &mut [__m512; GROUP],
+) {
+    for (b, sums) in blocks.zip(sums) {
+        // SAFETY: the panel and the group have these blocks.
+        unsafe {
+            let d = halves(scales, b);
+            let dx = x.d.add(b * x.width);
+            for t in 0..GROUP {
+                let sum = load(sums[t].as_ptr().cast(), 0);
+                let t_dx = if FULL { t } else { t.min(x.width - 1) };
+                acc[t] = end(acc[t], sum, d, _mm512_set1_ps(*dx.add(t_dx)));
+            }
+        }
+    }
+}
+
+/// Adds up to eight blocks of 32 columns to all groups' sums. The next tiles are multiplied
+/// before the last ones are finished: a product takes some hundred cycles to reach memory, and
+/// the F32 arithmetic of another fills them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn blocks_of_32(
     words: *const u8,
     scales: *const u8,
     blocks: Range<usize>,
-    x: Group,
-    acc: &mut [[f32; ROWS]; GROUP],
-    work: &mut Work,
+    groups: Range<usize>,
+    x: &Quants,
+    acc: &mut [[[f32; ROWS]; GROUP]],
+    sums: &mut [[Sums; 4]; 2],
 ) {
-    // SAFETY: the panel has these blocks; `sums` are written by the tiles before they are read.
+    let middle = (blocks.start + 4).min(blocks.end);
+    let [first, second] = sums;
+    // SAFETY: the panel has these blocks and x these groups; a narrow group's tiles have rows of
+    // other numbers, whose results are not used.
     unsafe {
-        let mut a: [__m512; GROUP] = std::array::from_fn(|t| _mm512_loadu_ps(acc[t].as_ptr()));
-        let sums = (&raw mut work.sums).cast::<Sums>();
-        for first in blocks.clone().step_by(4) {
-            let four = first..(first + 4).min(blocks.end);
-            for b in four.clone() {
-                let q = x.q.add(b / 2 * x.width * 64 + b % 2 * 32);
-                let words = words.wrapping_add(b * 8 * VECTOR);
-                let sums = sums.add(b - first);
-                match b - first {
-                    0 => multiply_32!(q, words, sums, "tmm0", "tmm4", "tmm6"),
-                    1 => multiply_32!(q, words, sums, "tmm1", "tmm5", "tmm7"),
-                    2 => multiply_32!(q, words, sums, "tmm2", "tmm4", "tmm6"),
-                    _ => multiply_32!(q, words, sums, "tmm3", "tmm5", "tmm7"),
-                }
+        let mut now = x.group(groups.start);
+        multiply_blocks(words, blocks.start, middle, &now, first);
+        for (g, acc) in groups.clone().zip(acc) {
+            multiply_blocks(words, middle, blocks.end, &now, second);
+            let mut a: [__m512; GROUP] = std::array::from_fn(|t| _mm512_loadu_ps(acc[t].as_ptr()));
+            let full = now.width == GROUP;
+            if full {
+                finish_32::<true>(first, scales, blocks.start..middle, &now, &mut a);
+            } else {
+                finish_32::<false>(first, scales, blocks.start..middle, &now, &mut a);
             }
-            for b in four {
-                let sums = sums.add(b - first).cast::<u8>();
-                let d = halves(scales, b);
-                let dx = x.d.add(b * x.width);
-                if WIDTH == GROUP {
-                    for t in 0..GROUP {
-                        a[t] = end(a[t], load(sums, t), d, _mm512_set1_ps(*dx.add(t)));
-                    }
-                } else {
-                    for t in 0..x.width {
-                        a[t] = end(a[t], load(sums, t), d, _mm512_set1_ps(*dx.add(t)));
-                    }
-                }
+            let before = now;
+            if g + 1 < groups.end {
+                now = x.group(g + 1);
+                multiply_blocks(words, blocks.start, middle, &now, first);
+            }
+            if g + 2 < groups.end {
+                fetch_group(&x.group(g + 2), 32 * blocks.start..32 * blocks.end);
+            }
+            if full {
+                finish_32::<true>(second, scales, middle..blocks.end, &before, &mut a);
+            } else {
+                finish_32::<false>(second, scales, middle..blocks.end, &before, &mut a);
+            }
+            for (acc, a) in acc.iter_mut().zip(a) {
+                _mm512_storeu_ps(acc.as_mut_ptr(), a);
             }
         }
-        for (acc, a) in acc.iter_mut().zip(a) {
-            _mm512_storeu_ps(acc.as_mut_ptr(), a);
-        }
+    }
+}
+
+/// Asks for a group's bytes of these columns: its chunks are contiguous but far from those of the
+/// group before, which no hardware prefetcher guesses.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn fetch_group(x: &Group, columns: Range<usize>) {
+    let chunk = x.width * 64;
+    for byte in (columns.start / 64 * chunk..columns.end.div_ceil(64) * chunk).step_by(VECTOR) {
+        _mm_prefetch::<_MM_HINT_T0>(x.q.wrapping_add(byte));
     }
 }
 
@@ -354,12 +452,12 @@ unsafe fn finish_256<const Q4_K: bool>(
     let w = &work.unpacked;
     // SAFETY: the group has this block and `width` tokens.
     unsafe {
-        let d = _mm512_loadu_ps(w.d.as_ptr());
+        let d = _mm512_loadu_ps(w.d[0].as_ptr());
         let dmin = _mm512_loadu_ps(w.dmin.as_ptr());
         let mins = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
         for (t, acc) in acc.iter_mut().enumerate().take(x.width) {
-            let low = load(work.sums[2 * i][t].as_ptr().cast(), 0);
-            let high = load(work.sums[2 * i + 1][t].as_ptr().cast(), 0);
+            let low = load(work.sums[0][2 * i][t].as_ptr().cast(), 0);
+            let high = load(work.sums[0][2 * i + 1][t].as_ptr().cast(), 0);
             let sum = _mm512_add_epi32(low, _mm512_slli_epi32(high, 7));
             let at = b * x.width + t;
             let dx = _mm512_set1_ps(*x.d.add(at));

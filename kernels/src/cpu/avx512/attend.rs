@@ -6,7 +6,7 @@
 //! query or weight of at most 2^-16 of the largest one.
 
 use crate::attend::layout::{BLOCK, HALF_CELLS, K_BLOCK_BYTES, KvType, PAGE_CELLS, V_BLOCK_BYTES};
-use crate::attend::tile::{PageKernels, ROWS, ROWS_Q8, Tile, half_seen, runs};
+use crate::attend::tile::{Ahead, PageKernels, ROWS, ROWS_Q8, Tile, half_seen, runs};
 use std::arch::x86_64::*;
 
 const F32: u8 = 0;
@@ -20,6 +20,25 @@ pub(crate) const KERNELS: PageKernels = PageKernels {
     weigh,
     integer_q: true,
 };
+
+/// Bytes from the cell in use to the one asked for. The processor's own prefetch stops at each
+/// 4 KiB boundary, and does not know the next page.
+const AHEAD: usize = 4096;
+
+impl Ahead {
+    /// Asks for the cache line `AHEAD` of `p`, on the next page if this head's cells end before.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn ask(self, p: *const u8) {
+        let p = p.wrapping_add(AHEAD);
+        let p = if p < self.end {
+            p
+        } else {
+            p.wrapping_offset(self.jump)
+        };
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+}
 
 /// Calls `$f::<R, ..>` with the constant `R` equal to `$rows`.
 macro_rules! with_rows {
@@ -103,7 +122,7 @@ unsafe fn scores(tile: &mut Tile, keys: *const u8, seen: u64) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn scores_from<const TY: u8>(tile: &mut Tile, keys: *const u8, seen: u64) {
     let (dim, n_rows) = (tile.dim_k, tile.n_rows);
-    let q = tile.q.ptr();
+    let (q, ahead) = (tile.q.ptr(), tile.ahead);
     let s = tile.s.ptr();
     let len = dim * HALF_CELLS;
     let size = if TY == F32 { 4 } else { 2 };
@@ -118,12 +137,15 @@ unsafe fn scores_from<const TY: u8>(tile: &mut Tile, keys: *const u8, seen: u64)
                 widen::<TY>(keys, wide, len);
                 for row in (0..n_rows).step_by(ROWS) {
                     let (q, s) = (q.add(row * dim), s.add(row * PAGE_CELLS));
-                    with_rows!(n_rows - row, score_rows::<F32>(q, dim, wide.cast(), s));
+                    with_rows!(
+                        n_rows - row,
+                        score_rows::<F32>(q, dim, wide.cast(), s, ahead)
+                    );
                 }
             } else {
                 for row in (0..n_rows).step_by(ROWS) {
                     let (q, s) = (q.add(row * dim), s.add(row * PAGE_CELLS));
-                    with_rows!(n_rows - row, score_rows::<TY>(q, dim, keys, s));
+                    with_rows!(n_rows - row, score_rows::<TY>(q, dim, keys, s, ahead));
                 }
             }
         }
@@ -137,11 +159,15 @@ unsafe fn score_rows<const R: usize, const TY: u8>(
     dim: usize,
     keys: *const u8,
     s: *mut f32,
+    ahead: Ahead,
 ) {
     let mut sum = [[_mm512_setzero_ps(); 2]; R];
     for i in 0..dim {
         // SAFETY: `dim` rows of 32 keys' numbers and of `ROWS` queries.
         unsafe {
+            if TY != F32 {
+                ahead.ask(keys.add(i * HALF_CELLS * 2));
+            }
             let k = [
                 load::<TY>(keys, i * HALF_CELLS),
                 load::<TY>(keys, i * HALF_CELLS + 16),
@@ -172,15 +198,16 @@ unsafe fn scores_q8_0(tile: &mut Tile, keys: *const u8, seen: u64) {
             let q = &tile.q16[row * n_blocks * (BLOCK / 4) * 2..];
             let bias = &tile.q16_bias[row * n_blocks * 2..];
             let step = &tile.q16_step[row..];
+            let ahead = tile.ahead;
             // SAFETY: half a page holds `n_blocks` blocks; `s` has `n_rows` rows.
             unsafe {
                 let keys = keys.add(half * n_blocks * K_BLOCK_BYTES);
                 let s = s.add(row * PAGE_CELLS + half * HALF_CELLS);
                 match n_rows - row {
-                    1 => score_rows_q8_0::<1>(q, bias, step, n_blocks, keys, s),
-                    2 => score_rows_q8_0::<2>(q, bias, step, n_blocks, keys, s),
-                    3 => score_rows_q8_0::<3>(q, bias, step, n_blocks, keys, s),
-                    _ => score_rows_q8_0::<4>(q, bias, step, n_blocks, keys, s),
+                    1 => score_rows_q8_0::<1>(q, bias, step, n_blocks, keys, s, ahead),
+                    2 => score_rows_q8_0::<2>(q, bias, step, n_blocks, keys, s, ahead),
+                    3 => score_rows_q8_0::<3>(q, bias, step, n_blocks, keys, s, ahead),
+                    _ => score_rows_q8_0::<4>(q, bias, step, n_blocks, keys, s, ahead),
                 }
             }
         }
@@ -196,6 +223,7 @@ unsafe fn score_rows_q8_0<const R: usize>(
     n_blocks: usize,
     keys: *const u8,
     s: *mut f32,
+    ahead: Ahead,
 ) {
     const WORDS: usize = BLOCK / 4;
     let mut sum = [[_mm512_setzero_ps(); 2]; R];
@@ -212,6 +240,8 @@ unsafe fn score_rows_q8_0<const R: usize>(
                 low[r] = [_mm512_set1_epi32(*bias.add(1)); 2];
             }
             for word in 0..WORDS {
+                ahead.ask(keys.add(word * 128));
+                ahead.ask(keys.add(word * 128 + 64));
                 let k = [
                     _mm512_loadu_si512(keys.add(word * 128).cast()),
                     _mm512_loadu_si512(keys.add(word * 128 + 64).cast()),
@@ -336,6 +366,7 @@ unsafe fn weigh_from<const TY: u8>(tile: &mut Tile, values: *const u8, seen: u64
                     dim,
                     alpha: tile.alpha.as_ptr().add(row),
                     beta: tile.beta.as_ptr().add(row),
+                    ahead: tile.ahead,
                 };
                 let n = n_rows - row;
                 match (direct, width) {
@@ -357,6 +388,7 @@ struct Rows {
     dim: usize,
     alpha: *const f32,
     beta: *const f32,
+    ahead: Ahead,
 }
 
 /// `acc[r] = alpha[r] acc[r] + beta[r] sum_c s[r][c] values[c]`, `N` vectors wide.
@@ -371,6 +403,9 @@ unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
         for c in run {
             // SAFETY: 64 cells of `16 N` values, `R` rows of 64 weights.
             unsafe {
+                if TY != F32 {
+                    rows.ahead.ask(values.add(c * N * 32));
+                }
                 let mut v = [_mm512_setzero_ps(); N];
                 for j in 0..N {
                     v[j] = load::<TY>(values, (c * N + j) * 16);
@@ -458,6 +493,7 @@ unsafe fn weigh_q8_0(tile: &mut Tile, values: *const u8, seen: u64) {
                     dim,
                     alpha: tile.alpha.as_ptr().add(row),
                     beta: tile.beta.as_ptr().add(row),
+                    ahead: tile.ahead,
                 };
                 match n_rows - row {
                     1 => weigh_rows_q8_0::<1>(&rows, values, seen),
@@ -481,6 +517,7 @@ struct RowsQ8 {
     dim: usize,
     alpha: *const f32,
     beta: *const f32,
+    ahead: Ahead,
 }
 
 /// Where four neighbouring cells' weights end up when 32-bit lanes are packed to bytes within
@@ -500,6 +537,8 @@ unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen
         }
         // SAFETY: 16 groups of 4 cells x 32 dimensions, `R` rows of 2 x 64 weights.
         unsafe {
+            rows.ahead.ask(values.add(group * 128));
+            rows.ahead.ask(values.add(group * 128 + 64));
             let v = [
                 _mm512_loadu_si512(values.add(group * 128).cast()),
                 _mm512_loadu_si512(values.add(group * 128 + 64).cast()),

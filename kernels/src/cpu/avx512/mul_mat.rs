@@ -8,7 +8,7 @@
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
 use crate::mul_mat::activations::{self, GROUP, Group, Parts, Place, Quants};
 use crate::mul_mat::layout::{
-    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR,
+    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR, panel_bytes,
 };
 use crate::quant::WeightType;
 use std::arch::x86_64::*;
@@ -21,14 +21,72 @@ const TILE: usize = 8;
 /// How far ahead of the vector form weights are fetched, in bytes.
 const AHEAD: usize = 4096;
 
-/// [`activations::quantize_row`] with this instruction set.
+/// [`activations::quantize_row`] in vectors, the same to the bit.
 ///
 /// # Safety
-/// The instruction set is available; as the function itself.
+/// The instruction set is available; no other thread writes the same token.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(crate) unsafe fn quantize_row(x: &[f32], at: &Place, parts: &Parts<'_>) {
-    // SAFETY: passed on.
-    unsafe { activations::quantize_row(x, at, parts) }
+    if at.block_len == 32 {
+        for (b, x) in x.as_chunks::<32>().0.iter().enumerate() {
+            let runs = x.as_chunks::<16>().0;
+            let (d, inverse) = activations::scale(max_abs_bits(runs));
+            // SAFETY: passed on; a block's bytes are contiguous.
+            unsafe {
+                let q = at.bytes(parts, 32 * b, 32).as_chunks_mut::<16>().0;
+                let sum = _mm512_add_epi32(
+                    round_16(&runs[0], inverse, &mut q[0]),
+                    round_16(&runs[1], inverse, &mut q[1]),
+                );
+                at.end_32(parts, b, d, _mm512_reduce_add_epi32(sum));
+            }
+        }
+    } else {
+        for (b, x) in x.as_chunks::<256>().0.iter().enumerate() {
+            let runs = x.as_chunks::<16>().0;
+            let (d, inverse) = activations::scale(max_abs_bits(runs));
+            let mut sums = [0; 16];
+            for i in 0..16 {
+                // SAFETY: passed on; 16 bytes of a block are contiguous.
+                unsafe {
+                    let q = at
+                        .bytes(parts, 256 * b + 16 * i, 16)
+                        .as_chunks_mut::<16>()
+                        .0;
+                    sums[i] = _mm512_reduce_add_epi32(round_16(&runs[i], inverse, &mut q[0]));
+                }
+            }
+            // SAFETY: passed on.
+            unsafe { at.end_256(parts, b, d, &sums) }
+        }
+    }
+}
+
+/// Largest magnitude of runs of 16 numbers, as bits.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn max_abs_bits(x: &[[f32; 16]]) -> u32 {
+    let magnitude = _mm512_set1_epi32(0x7FFF_FFFF);
+    let mut max = _mm512_setzero_si512();
+    for run in x {
+        // SAFETY: 16 numbers.
+        let v = unsafe { _mm512_loadu_si512(run.as_ptr().cast()) };
+        max = _mm512_max_epu32(max, _mm512_and_si512(v, magnitude));
+    }
+    _mm512_reduce_max_epu32(max)
+}
+
+/// Rounds 16 numbers times `inverse` to the nearest integers, ties to even; returns them.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn round_16(x: &[f32; 16], inverse: f32, q: &mut [u8; 16]) -> __m512i {
+    // SAFETY: 16 numbers in, 16 bytes out.
+    unsafe {
+        let v = _mm512_mul_ps(_mm512_loadu_ps(x.as_ptr()), _mm512_set1_ps(inverse));
+        let v = _mm512_cvtps_epi32(v);
+        _mm_storeu_si128(q.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(v));
+        v
+    }
 }
 
 /// One panel times the unit's tokens.
@@ -68,7 +126,7 @@ unsafe fn vector(p: &Panel<'_>, x: &Quants) {
         let n = (p.tokens.end - t).min(GROUP - in_group).min(VECTOR_TOKENS);
         // SAFETY: `t` and the `n - 1` tokens after it are in this group.
         unsafe {
-            let x = x.group(t / GROUP).from_token(in_group);
+            let x = x.group(t / GROUP).at_token(in_group);
             match n {
                 1 => vector_n::<1>(p, x, t),
                 2 => vector_n::<2>(p, x, t),
@@ -85,13 +143,18 @@ unsafe fn vector(p: &Panel<'_>, x: &Quants) {
 unsafe fn vector_n<const T: usize>(p: &Panel<'_>, x: Group, t: usize) {
     let mut acc = [_mm512_setzero_ps(); T];
     let blocks = 0..p.n_cols / p.ty.block_len();
+    let next = panel_bytes(p.ty, p.n_cols).unwrap_or(0);
     // SAFETY: the panel has these blocks, the group these tokens.
     unsafe {
         match p.ty {
-            WeightType::Q8_0 => dot32::<T, Q8_0, true>(p.bytes, p.scales(), blocks, x, &mut acc),
-            WeightType::Q4_0 => dot32::<T, Q4_0, true>(p.bytes, p.scales(), blocks, x, &mut acc),
+            WeightType::Q8_0 => {
+                dot32::<T, Q8_0, true>(next, p.bytes, p.scales(), blocks, x, &mut acc);
+            }
+            WeightType::Q4_0 => {
+                dot32::<T, Q4_0, true>(next, p.bytes, p.scales(), blocks, x, &mut acc);
+            }
             WeightType::Q4_K => vector_q4_k(p.bytes, blocks, x, &mut acc),
-            _ => vector_q6_k(p.bytes, p.scales(), blocks, x, &mut acc),
+            _ => vector_q6_k(next, p.bytes, p.scales(), blocks, x, &mut acc),
         }
         for (i, acc) in acc.into_iter().enumerate() {
             store(p, t + i, acc);
@@ -106,6 +169,19 @@ pub(in crate::cpu) unsafe fn store(p: &Panel<'_>, t: usize, acc: __m512) {
     let mask = (0xFFFFu32 >> (ROWS - p.rows)) as u16;
     // SAFETY: the mask keeps the panel's own rows of this token.
     unsafe { _mm512_mask_storeu_ps(p.out.add(t * p.stride), mask, acc) }
+}
+
+/// Writes the panel's rows of all tokens. Each lands on lines of its own: ask for them ahead.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::cpu) unsafe fn store_all(p: &Panel<'_>, tokens: Range<usize>, acc: &[[f32; ROWS]]) {
+    const STORES_AHEAD: usize = 24;
+    for (t, acc) in tokens.zip(acc) {
+        let ahead = p.out.wrapping_add((t + STORES_AHEAD) * p.stride);
+        _mm_prefetch::<_MM_HINT_ET0>(ahead.cast());
+        // SAFETY: passed on.
+        unsafe { store(p, t, _mm512_loadu_ps(acc.as_ptr())) };
+    }
 }
 
 /// Vector `i` of the words at `bytes`.
@@ -140,6 +216,20 @@ unsafe fn fetch(bytes: *const u8, n: usize) {
     }
 }
 
+/// Asks for the F16 scales of the block `ahead` blocks on, of the next panel after the last of
+/// this one's `n`: they are a stream of their own, too thin for the hardware to follow.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch_scales(scales: *const u8, b: usize, ahead: usize, n: usize, panel_bytes: usize) {
+    let next = b + ahead;
+    let at = if next < n {
+        2 * ROWS * next
+    } else {
+        panel_bytes + 2 * ROWS * (next - n)
+    };
+    _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(at).cast());
+}
+
 /// Adds a block of 32: `sum * (weights' scale * activations' scale)`.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -154,13 +244,15 @@ pub(in crate::cpu) fn end_min(acc: __m512, sum: __m512i, dmin: __m512, dx: __m51
     _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(dmin, dx), acc)
 }
 
-/// Accumulates `blocks` of 32 columns for `T` tokens.
+/// Accumulates `blocks` of 32 columns for `T` tokens. With `FETCH` what comes next is asked for,
+/// in the next panel too.
 ///
 /// # Safety
 /// `words` and `scales` hold these blocks, `x` these tokens and blocks.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn dot32<const T: usize, const W: u8, const FETCH: bool>(
+    panel_bytes: usize,
     words: *const u8,
     scales: *const u8,
     blocks: Range<usize>,
@@ -171,7 +263,11 @@ unsafe fn dot32<const T: usize, const W: u8, const FETCH: bool>(
     let zero = _mm512_set1_epi8(-128);
     // SAFETY: in bounds by the caller's promise.
     unsafe {
+        let n = blocks.end;
         for b in blocks {
+            if FETCH {
+                fetch_scales(scales, b, 16, n, panel_bytes);
+            }
             let mut w = [_mm512_setzero_si512(); 8];
             if W == Q4_0 {
                 let words = words.wrapping_add(b * 4 * VECTOR);
@@ -346,17 +442,20 @@ fn q6_k_scale(word: __m512i, i: usize) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn vector_q6_k<const T: usize>(
+    panel_bytes: usize,
     bytes: *const u8,
     scales: *const u8,
     blocks: Range<usize>,
     x: Group,
     acc: &mut [__m512; T],
 ) {
+    let n = blocks.end;
     for b in blocks {
         // SAFETY: in bounds by the caller's promise.
         unsafe {
             let block = bytes.add(b * Q6_K_BLOCK);
             fetch(block.wrapping_add(Q6_K_SCALES), 4);
+            fetch_scales(scales, b, 3, n, panel_bytes);
             let mut total = [_mm512_setzero_si512(); T];
             for half in 0..2 {
                 for sub in 0..2 {
@@ -420,7 +519,7 @@ unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
             while t < p.tokens.end {
                 let in_group = t % GROUP;
                 let left = (p.tokens.end - t).min(GROUP - in_group);
-                let x = x.group(t / GROUP).from_token(in_group);
+                let x = x.group(t / GROUP).at_token(in_group);
                 let acc = &mut acc[t - p.tokens.start..];
                 t += match left {
                     TILE.. => tile_n::<TILE>(p, blocks.clone(), x, unpacked, acc),
@@ -431,9 +530,7 @@ unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
             }
             b = blocks.end;
         }
-        for (i, acc) in acc.iter().enumerate() {
-            store(p, p.tokens.start + i, _mm512_loadu_ps(acc.as_ptr()));
-        }
+        store_all(p, p.tokens.clone(), acc);
     }
 }
 
@@ -452,12 +549,12 @@ unsafe fn tile_n<const T: usize>(
         let mut a: [__m512; T] = std::array::from_fn(|t| _mm512_loadu_ps(acc[t].as_ptr()));
         let scales = p.scales();
         match p.ty {
-            WeightType::Q8_0 => dot32::<T, Q8_0, false>(p.bytes, scales, blocks, x, &mut a),
+            WeightType::Q8_0 => dot32::<T, Q8_0, false>(0, p.bytes, scales, blocks, x, &mut a),
             WeightType::Q4_0 => {
                 // `dot32` counts blocks from the panel's start.
                 let words = unpacked.words.as_ptr().cast::<u8>();
                 let words = words.wrapping_sub(blocks.start * 8 * VECTOR);
-                dot32::<T, UNPACKED, false>(words, scales, blocks, x, &mut a);
+                dot32::<T, UNPACKED, false>(0, words, scales, blocks, x, &mut a);
             }
             WeightType::Q4_K => dot256::<T, true>(unpacked, blocks.start, x, &mut a),
             _ => dot256::<T, false>(unpacked, blocks.start, x, &mut a),
@@ -518,7 +615,7 @@ pub(in crate::cpu) unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
             let pair = byte_pairs(mins[i / 2])[i % 2];
             _mm512_storeu_si512(to.mins[i].as_mut_ptr().cast(), pair);
         }
-        _mm512_storeu_ps(to.d.as_mut_ptr(), halves(block.add(Q4_K_D), 0));
+        _mm512_storeu_ps(to.d[0].as_mut_ptr(), halves(block.add(Q4_K_D), 0));
         _mm512_storeu_ps(to.dmin.as_mut_ptr(), halves(block.add(Q4_K_D), 1));
     }
 }
@@ -551,7 +648,7 @@ pub(in crate::cpu) unsafe fn unpack_q6_k(
             let scale = q6_k_scale(load(block.add(Q6_K_SCALES), s / 4), s % 4);
             _mm512_storeu_si512(to.scales[s].as_mut_ptr().cast(), scale);
         }
-        _mm512_storeu_ps(to.d.as_mut_ptr(), halves(scales, b));
+        _mm512_storeu_ps(to.d[0].as_mut_ptr(), halves(scales, b));
     }
 }
 
@@ -589,7 +686,7 @@ unsafe fn dot256<const T: usize, const Q4_K: bool>(
                 total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(sum, scale));
             }
         }
-        let d = _mm512_loadu_ps(w.d.as_ptr());
+        let d = _mm512_loadu_ps(w.d[0].as_ptr());
         let dmin = _mm512_loadu_ps(w.dmin.as_ptr());
         for t in 0..T {
             let at = b * x.width + t;

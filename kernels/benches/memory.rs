@@ -1,0 +1,498 @@
+//! Times `attend` and `recur` against what this machine can do: read bandwidth and F32 FMA peak,
+//! both measured here, in the same run. One Markdown table, then one JSON line.
+//!
+//! `cargo bench -p mneme-kernels --bench memory [-- filter]`
+
+use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout, Sequence, Visible, attend};
+use mneme_kernels::dispatch;
+use mneme_kernels::pool::Pool;
+use mneme_kernels::recur::{Form, Recur, Rule, recur};
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// Bytes that no cache of a core holds; cold benches walk through as many.
+const COLD_BYTES: usize = 256 << 20;
+
+struct Row {
+    name: String,
+    threads: usize,
+    seconds: f64,
+    tokens: f64,
+    flops: f64,
+    bytes: f64,
+}
+
+struct Peak {
+    gb_s: f64,
+    gflop_s: f64,
+}
+
+fn main() {
+    let filter = std::env::args().skip(1).find(|a| !a.starts_with('-'));
+    let wanted = |name: &str| filter.as_ref().is_none_or(|f| name.contains(f.as_str()));
+    let pools = [Pool::new(1), Pool::new(2)];
+    let peaks: Vec<Peak> = pools.iter().map(peak).collect();
+    let mut rows = Vec::new();
+    for pool in &pools {
+        for ty in [KvType::F16, KvType::BF16, KvType::Q8_0] {
+            let name = format!("attend decode 16k {}", ty.name());
+            if wanted(&name) {
+                rows.push(decode(pool, name, ty, 16384, COLD_BYTES));
+            }
+            let name = format!("attend decode 2k in cache {}", ty.name());
+            if wanted(&name) {
+                rows.push(decode(pool, name, ty, 2048, 1));
+            }
+        }
+        for ty in [KvType::F16, KvType::Q8_0] {
+            for cells in [4096, 16384, 65536] {
+                let name = format!("attend prefill 512 over {}k {}", cells / 1024, ty.name());
+                if wanted(&name) {
+                    rows.push(prefill(pool, name, ty, cells, cells as u64));
+                }
+            }
+            for total in [4096, 131_072] {
+                let name = format!(
+                    "attend prefill 512, window 2k of {}k {}",
+                    total / 1024,
+                    ty.name()
+                );
+                if wanted(&name) {
+                    rows.push(prefill(pool, name, ty, total, 2048));
+                }
+            }
+        }
+        for rule in [Rule::GatedDelta, Rule::Delta, Rule::Ssd] {
+            for (form, n) in [
+                (Form::Recurrent, 1),
+                (Form::Recurrent, 1024),
+                (Form::Chunked, 1024),
+            ] {
+                for dim in [64, 128, 256] {
+                    let name = format!("recur {rule:?} {form:?} {n} tokens d={dim}");
+                    if wanted(&name) {
+                        rows.push(recurrence(pool, name, rule, form, n, dim));
+                    }
+                }
+            }
+        }
+    }
+    report(&rows, &peaks);
+}
+
+/// Seconds of the fastest of several rounds. With `--processor-time`, seconds of processor of the
+/// busiest thread: what the wall clock would show on a machine that does nothing else.
+fn fastest(pool: &Pool, mut f: impl FnMut()) -> f64 {
+    let busy = std::env::args().any(|a| a == "--processor-time");
+    let clocks = || -> Vec<f64> {
+        let clocks: Vec<AtomicU64> = (0..pool.n_threads()).map(|_| AtomicU64::new(0)).collect();
+        pool.run(|t| clocks[t].store(processor_time().to_bits(), Ordering::Relaxed));
+        clocks
+            .into_iter()
+            .map(|c| f64::from_bits(c.into_inner()))
+            .collect()
+    };
+    f();
+    let (mut best, start, mut n) = (f64::INFINITY, Instant::now(), 0);
+    while n < 5 || start.elapsed().as_secs_f64() < 0.5 {
+        let before = clocks();
+        let t = Instant::now();
+        f();
+        let mut seconds = t.elapsed().as_secs_f64();
+        if busy {
+            let spent = clocks().into_iter().zip(before).map(|(a, b)| a - b);
+            seconds = spent.fold(0.0, f64::max);
+        }
+        best = best.min(seconds);
+        n += 1;
+    }
+    best
+}
+
+/// Seconds the calling thread has run.
+#[cfg(target_os = "linux")]
+fn processor_time() -> f64 {
+    // SAFETY: the call writes one timespec.
+    unsafe {
+        let mut t: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t);
+        t.tv_sec as f64 + t.tv_nsec as f64 * 1e-9
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn processor_time() -> f64 {
+    0.0
+}
+
+fn peak(pool: &Pool) -> Peak {
+    let n = pool.n_threads();
+    let buffer = vec![1u64; COLD_BYTES / 8 * n];
+    let read = fastest(pool, || {
+        pool.run(|t| {
+            black_box(read_all(&buffer[t * (COLD_BYTES / 8)..][..COLD_BYTES / 8]));
+        });
+    });
+    let rounds = 4_000_000;
+    let fma = fastest(pool, || {
+        pool.run(|_| {
+            black_box(fma_rounds(rounds));
+        });
+    });
+    Peak {
+        gb_s: (COLD_BYTES * n) as f64 / read / 1e9,
+        gflop_s: (rounds * n * fma_flops()) as f64 / fma / 1e9,
+    }
+}
+
+/// Reads every number once, asking for each cache line a page ahead, as the kernels do.
+fn read_all(numbers: &[u64]) -> u64 {
+    let mut sums = [0u64; 32];
+    for block in numbers.chunks_exact(32) {
+        #[cfg(target_arch = "x86_64")]
+        for line in 0..4 {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: a prefetch never faults.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(512 + 8 * line).cast());
+            }
+        }
+        for (s, x) in sums.iter_mut().zip(block) {
+            *s ^= x;
+        }
+    }
+    sums.iter().sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn fma_flops() -> usize {
+    if dispatch::best() >= dispatch::Isa::Avx512 {
+        12 * 16 * 2
+    } else {
+        12 * 8 * 2
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn fma_rounds(n: usize) -> f32 {
+    use std::arch::x86_64::*;
+    #[target_feature(enable = "avx512f")]
+    fn wide(n: usize) -> f32 {
+        let mut x = [_mm512_set1_ps(0.5); 12];
+        let y = black_box(_mm512_set1_ps(0.999));
+        for _ in 0..n {
+            for x in &mut x {
+                *x = _mm512_fmadd_ps(*x, y, y);
+            }
+        }
+        x.iter().map(|&x| _mm512_reduce_add_ps(x)).sum()
+    }
+    #[target_feature(enable = "avx2,fma")]
+    fn narrow(n: usize) -> f32 {
+        let mut x = [_mm256_set1_ps(0.5); 12];
+        let y = black_box(_mm256_set1_ps(0.999));
+        for _ in 0..n {
+            for x in &mut x {
+                *x = _mm256_fmadd_ps(*x, y, y);
+            }
+        }
+        x.iter().map(|&x| _mm256_cvtss_f32(x)).sum()
+    }
+    // SAFETY: the set is available.
+    unsafe {
+        if dispatch::best() >= dispatch::Isa::Avx512 {
+            wide(n)
+        } else {
+            narrow(n)
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn fma_flops() -> usize {
+    12 * 4 * 2
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn fma_rounds(n: usize) -> f32 {
+    let mut x = [0.5f32; 48];
+    let y = black_box(0.999f32);
+    for _ in 0..n {
+        for x in &mut x {
+            *x = x.mul_add(y, y);
+        }
+    }
+    x.iter().sum()
+}
+
+/// Head shape of a 3B Qwen2.5: 16 query heads on 2 kv heads of 128.
+fn layout(ty: KvType) -> (PageLayout, usize) {
+    let layout = PageLayout {
+        n_head_kv: 2,
+        head_dim_k: 128,
+        head_dim_v: 128,
+        ty_k: ty,
+        ty_v: ty,
+    };
+    (layout, 16)
+}
+
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut x = seed.wrapping_mul(2) + 1;
+    (0..n)
+        .map(|_| {
+            x = x
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (x >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+/// 64-byte aligned pages in one allocation.
+struct Pages {
+    lines: Vec<[u64; 8]>,
+    start: usize,
+    page_bytes: usize,
+    n: usize,
+}
+
+impl Pages {
+    fn new(layout: &PageLayout, n: usize) -> Pages {
+        let page_bytes = layout.page_bytes();
+        let lines = vec![[0u64; 8]; (page_bytes * n).div_ceil(64) + 1];
+        let start = lines.as_ptr().align_offset(64) * 64;
+        let mut pages = Pages {
+            lines,
+            start,
+            page_bytes,
+            n,
+        };
+        let k = noise(PAGE_CELLS * layout.n_head_kv * layout.head_dim_k, 1);
+        let v = noise(PAGE_CELLS * layout.n_head_kv * layout.head_dim_v, 2);
+        let mut first = vec![0; page_bytes];
+        layout.write(&mut first, 0, PAGE_CELLS, &k, &v);
+        for i in 0..n {
+            pages.bytes_mut()[i * page_bytes..][..page_bytes].copy_from_slice(&first);
+        }
+        pages
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        let len = self.page_bytes * self.n;
+        // SAFETY: plain numbers seen as bytes; `lines` has one line more than `len` needs.
+        unsafe {
+            let bytes = self.lines.as_mut_ptr().cast::<u8>();
+            let offset = bytes.align_offset(64);
+            std::slice::from_raw_parts_mut(bytes.add(offset), len)
+        }
+    }
+
+    fn views(&mut self) -> Vec<&[u8]> {
+        let page_bytes = self.page_bytes;
+        let _ = self.start;
+        self.bytes_mut().chunks_exact(page_bytes).collect()
+    }
+}
+
+/// One query a call, on `total` bytes of sequences in turn.
+fn decode(pool: &Pool, name: String, ty: KvType, cells: usize, total: usize) -> Row {
+    let (layout, n_head) = layout(ty);
+    let per_seq = cells / PAGE_CELLS;
+    let n_seqs = total.div_ceil(per_seq * layout.page_bytes());
+    let mut pages = Pages::new(&layout, per_seq * n_seqs);
+    let views = pages.views();
+    let q = noise(n_head * 128, 3);
+    let mut out = vec![0.0; n_head * 128];
+    let seconds = fastest(pool, || {
+        for raw in views.chunks_exact(per_seq) {
+            let seq = Sequence {
+                q: &q,
+                visible: &[Visible {
+                    n_kept: 0,
+                    raw_begin: 0,
+                    raw_end: cells as u64,
+                }],
+                kept: &[],
+                n_always: 0,
+                top_k: 0,
+                raw,
+                raw_base: 0,
+                out: &mut out,
+            };
+            attend(pool, &layout, n_head, 0.088, &mut [seq]);
+        }
+    }) / n_seqs as f64;
+    Row {
+        name,
+        threads: pool.n_threads(),
+        seconds,
+        tokens: 1.0,
+        flops: (cells * n_head * 256 * 2) as f64,
+        bytes: (per_seq * layout.page_bytes()) as f64,
+    }
+}
+
+/// 512 queries at the end of `total` cells, each seeing the last `window` of them.
+fn prefill(pool: &Pool, name: String, ty: KvType, total: usize, window: u64) -> Row {
+    let (layout, n_head) = layout(ty);
+    let n_q = 512;
+    let mut pages = Pages::new(&layout, total.div_ceil(PAGE_CELLS));
+    let views = pages.views();
+    let q = noise(n_q * n_head * 128, 3);
+    let visible: Vec<Visible> = (0..n_q)
+        .map(|i| {
+            let end = (total - n_q + i + 1) as u64;
+            Visible {
+                n_kept: 0,
+                raw_begin: end.saturating_sub(window),
+                raw_end: end,
+            }
+        })
+        .collect();
+    let seen: u64 = visible.iter().map(|v| v.raw_end - v.raw_begin).sum();
+    let mut out = vec![0.0; n_q * n_head * 128];
+    let seconds = fastest(pool, || {
+        let seq = Sequence {
+            q: &q,
+            visible: &visible,
+            kept: &[],
+            n_always: 0,
+            top_k: 0,
+            raw: &views,
+            raw_base: 0,
+            out: &mut out,
+        };
+        attend(pool, &layout, n_head, 0.088, &mut [seq]);
+    });
+    Row {
+        name,
+        threads: pool.n_threads(),
+        seconds,
+        tokens: n_q as f64,
+        flops: seen as f64 * (n_head * 256 * 2) as f64,
+        bytes: 0.0,
+    }
+}
+
+/// 16 heads; a single token walks through states that no cache holds.
+fn recurrence(
+    pool: &Pool,
+    name: String,
+    rule: Rule,
+    form: Form,
+    n_tokens: usize,
+    dim: usize,
+) -> Row {
+    let n_head = 16;
+    let state_len = n_head * dim * dim;
+    let n_seqs = if n_tokens == 1 {
+        COLD_BYTES.div_ceil(state_len * 4)
+    } else {
+        1
+    };
+    let mut states = vec![0.0; n_seqs * state_len];
+    let q = noise(n_tokens * n_head * dim, 1);
+    let k = noise(n_tokens * n_head * dim, 2);
+    let v = noise(n_tokens * n_head * dim, 3);
+    let g: Vec<f32> = noise(n_tokens * n_head, 4)
+        .iter()
+        .map(|x| -0.05 * (1.0 + x))
+        .collect();
+    let beta: Vec<f32> = noise(n_tokens * n_head, 5)
+        .iter()
+        .map(|x| 0.5 + 0.4 * x)
+        .collect();
+    let mut out = vec![0.0; n_tokens * n_head * dim];
+    let seconds = fastest(pool, || {
+        for state in states.chunks_exact_mut(state_len) {
+            let seq = Recur {
+                rule,
+                n_tokens,
+                n_head,
+                n_head_k: n_head,
+                head_dim_k: dim,
+                head_dim_v: dim,
+                q: &q,
+                k: &k,
+                v: &v,
+                g: if rule == Rule::Delta { &[] } else { &g },
+                beta: &beta,
+                resets: &[],
+                state,
+                out: &mut out,
+            };
+            recur(pool, form, &mut [seq]);
+        }
+    }) / n_seqs as f64;
+    // Products of the recurrent form: S^T k (not in Ssd), the write, S^T q.
+    let per_token = if rule == Rule::Ssd { 2 } else { 3 };
+    Row {
+        name,
+        threads: pool.n_threads(),
+        seconds,
+        tokens: n_tokens as f64,
+        flops: (n_tokens * per_token * 2 * state_len) as f64,
+        bytes: if n_tokens == 1 {
+            (2 * state_len * 4) as f64
+        } else {
+            0.0
+        },
+    }
+}
+
+fn report(rows: &[Row], peaks: &[Peak]) {
+    for (i, peak) in peaks.iter().enumerate() {
+        println!(
+            "{} thread(s), {}: read {:.1} GB/s, F32 FMA {:.0} GFLOP/s",
+            i + 1,
+            dispatch::best().name(),
+            peak.gb_s,
+            peak.gflop_s
+        );
+    }
+    println!(
+        "\n| op | threads | ms | tokens/s | GFLOP/s | of peak | GB/s | of peak | vs 1 thread |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
+    let mut json = Vec::new();
+    for row in rows {
+        let peak = &peaks[row.threads - 1];
+        let (gflops, gb) = (row.flops / row.seconds / 1e9, row.bytes / row.seconds / 1e9);
+        let one = rows.iter().find(|r| r.name == row.name && r.threads == 1);
+        let speedup = one.map_or(f64::NAN, |one| one.seconds / row.seconds);
+        println!(
+            "| {} | {} | {:.3} | {:.0} | {:.1} | {:.0} % | {:.1} | {:.0} % | {speedup:.2} |",
+            row.name,
+            row.threads,
+            row.seconds * 1e3,
+            row.tokens / row.seconds,
+            gflops,
+            100.0 * gflops / peak.gflop_s,
+            gb,
+            100.0 * gb / peak.gb_s,
+        );
+        json.push(format!(
+            r#"{{"op":"{}","threads":{},"ms":{:.4},"tokens_s":{:.1},"gflop_s":{gflops:.2},"gb_s":{gb:.2}}}"#,
+            row.name,
+            row.threads,
+            row.seconds * 1e3,
+            row.tokens / row.seconds,
+        ));
+    }
+    let peaks: Vec<String> = peaks
+        .iter()
+        .map(|p| {
+            format!(
+                r#"{{"read_gb_s":{:.2},"fma_gflop_s":{:.1}}}"#,
+                p.gb_s, p.gflop_s
+            )
+        })
+        .collect();
+    println!(
+        r#"{{"peaks":[{}],"rows":[{}]}}"#,
+        peaks.join(","),
+        json.join(",")
+    );
+}
