@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod chat;
 mod generate;
 #[cfg(feature = "hf")]
 mod hub;
@@ -41,6 +42,8 @@ struct Cli {
 enum Command {
     /// Go on with a text: from -p, a file or stdin
     Run(run::Args),
+    /// Talk with a model, with editing, sessions and a look into its memory
+    Chat(chat::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
@@ -55,6 +58,7 @@ impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
             Command::Run(args) => run::run(&args),
+            Command::Chat(args) => chat::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Segments(args) => segments::run(&args),
