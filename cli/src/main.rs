@@ -7,6 +7,7 @@ mod args;
 mod bench;
 mod chat;
 mod generate;
+mod eval;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -48,6 +49,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// What each memory remembers of a text, side by side
+    Eval(eval::Args),
     /// Segments
     Segments(segments::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
@@ -61,6 +64,7 @@ impl Command {
             Command::Chat(args) => chat::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Eval(args) => eval::run(args),
             Command::Segments(args) => segments::run(&args),
             Command::Logits(args) => logits::run(&args),
         }

@@ -8,6 +8,7 @@ pub mod chat;
 pub mod engine;
 pub mod error;
 pub mod gguf;
+pub mod grammar;
 pub mod hparams;
 pub mod memory;
 pub mod model;

@@ -248,7 +248,14 @@ mod tests {
         let draws = |r: &mut Random, n| (0..n).map(|_| r.below(1000)).collect::<Vec<_>>();
         assert_eq!(draws(&mut r, 5), [226, 770, 770, 238, 456]);
         let xs: Vec<f64> = (0..3).map(|_| r.random()).collect();
-        assert_eq!(xs, [0.05653376030175561, 0.32146676479950953, 0.10611668735376256]);
+        assert_eq!(
+            xs,
+            [
+                0.05653376030175561,
+                0.32146676479950953,
+                0.10611668735376256
+            ]
+        );
         let items: Vec<usize> = (0..200).collect();
         assert_eq!(r.sample(&items[..48], 48)[..6], [27, 1, 29, 17, 34, 2]);
         assert_eq!(r.sample(&items[..100], 3), [75, 30, 16]);

@@ -1,0 +1,11 @@
+//! `rope` with AVX-512; see `cpu::lanes`.
+
+use crate::cpu::lanes;
+use crate::rope::RopeKind;
+
+/// # Safety
+/// The instruction set is available.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+pub(crate) unsafe fn rope(kind: RopeKind, x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    lanes::rope::rope(kind, x, cos, sin);
+}
