@@ -6,8 +6,9 @@
 mod args;
 mod bench;
 mod chat;
-mod generate;
+mod convert;
 mod eval;
+mod generate;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -16,10 +17,12 @@ mod npy;
 mod perplexity;
 mod plots;
 mod progress;
+mod quantize;
 mod report;
 mod run;
 mod saved;
 mod segments;
+mod serve;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -45,6 +48,12 @@ enum Command {
     Run(run::Args),
     /// Talk with a model, with editing, sessions and a look into its memory
     Chat(chat::Args),
+    /// Serve a model over HTTP: llama.cpp's protocol, OpenAI's and Anthropic's
+    Serve(serve::Args),
+    /// Bring a Hugging Face checkpoint or a memory into GGUF
+    Convert(convert::Args),
+    /// Write a GGUF in another type
+    Quantize(quantize::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
@@ -62,6 +71,9 @@ impl Command {
         match self {
             Command::Run(args) => run::run(&args),
             Command::Chat(args) => chat::run(&args),
+            Command::Serve(args) => serve::run(&args),
+            Command::Convert(args) => convert::run(&args),
+            Command::Quantize(args) => quantize::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Eval(args) => eval::run(args),

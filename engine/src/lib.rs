@@ -14,6 +14,7 @@ pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod sampler;
+pub mod scheduler;
 pub mod session;
 pub mod tokenizer;
 pub mod weights;
