@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod chat;
 mod convert;
 mod eval;
 mod generate;
@@ -47,6 +48,8 @@ struct Cli {
 enum Command {
     /// Go on with a text: from -p, a file or stdin
     Run(run::Args),
+    /// Talk with a model, with editing, sessions and a look into its memory
+    Chat(chat::Args),
     /// Serve a model over HTTP: llama.cpp's protocol, OpenAI's and Anthropic's
     Serve(serve::Args),
     /// Bring a Hugging Face checkpoint or a memory into GGUF
@@ -73,6 +76,7 @@ impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
             Command::Run(args) => run::run(&args),
+            Command::Chat(args) => chat::run(&args),
             Command::Serve(args) => serve::run(&args),
             Command::Convert(args) => convert::run(&args),
             Command::Quantize(args) => quantize::run(&args),
