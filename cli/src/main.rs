@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod demo;
 mod eval;
 #[cfg(feature = "hf")]
 mod hub;
@@ -41,6 +42,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// A long document, what each memory remembers of it, and your own questions
+    Demo(demo::Args),
     /// What each memory remembers of a text, side by side
     Eval(eval::Args),
     /// Segments
@@ -54,6 +57,7 @@ impl Command {
         match self {
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Demo(args) => demo::run(&args),
             Command::Eval(args) => eval::run(args),
             Command::Segments(args) => segments::run(&args),
             Command::Logits(args) => logits::run(&args),
