@@ -90,10 +90,11 @@ def spread(rng, ordered, extra):
     return out
 
 
-def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=ENGLISH, repeat=0.0):
+def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=ENGLISH, repeat=0.0, terse=0.0):
     """A document of about n_facts statements and n_filler sentences of filler, and n_questions about it.
 
-    `repeat` is the share of statements that return later in other words. Questions are drawn with replacement.
+    `repeat` is the share of statements that return later in other words, `terse` the share told and asked in the bare
+    form of a list. Questions are drawn with replacement.
     """
     relations = [RELATIONS[r] for r in relations]
     chinese = relations[0]["name"].startswith("zh_")
@@ -158,7 +159,8 @@ def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=E
             first = next(i for i, t in enumerate(tellings) if t[0] is item[0] and t[1] == item[1])
             tellings.insert(rng.randint(first + 1, len(tellings)), item)
         for r, k, v, known, form in tellings:
-            facts.append(statement(rng.choice(r[form]), known, key=k, value=v))
+            template = RECORDS["terse"]["fact"] if rng.random() < terse else rng.choice(r[form])
+            facts.append(statement(template, known, key=k, value=v))
         for _ in range(n_questions):
             r, k = rng.choice(order)
             if task == "multi_query":
@@ -168,7 +170,8 @@ def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=E
                     q = rng.choice(r["pair"]).format(key=k, key2=k2)
                     questions.append((q, told[r["name"], k] + " and " + told[r["name"], k2]))
                     continue
-            questions.append((rng.choice(r["question"]).format(key=k), told[r["name"], k]))
+            template = RECORDS["terse"]["question"] if rng.random() < terse else rng.choice(r["question"])
+            questions.append((template.format(key=k), told[r["name"], k]))
     sentences = spread(rng, facts, [filler(rng, chinese) for _ in range(n_filler)])
     return Record(sentences, questions, task, chinese)
 
@@ -176,11 +179,15 @@ def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=E
 class Encoder:
     """Records to token ids with loss weights, sentence by sentence (the tokenizer never merges across them)."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, special_tokens=None):
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
-        self.end, self.user, self.assistant, self.pad = (self.tokenizer.token_to_id(t) for t in RECORDS["special_tokens"])
+        names = special_tokens or RECORDS["special_tokens"]
+        found = [self.tokenizer.token_to_id(t) for t in names]
+        if None in found:
+            raise ValueError(f"{tokenizer}: no token {names[found.index(None)]!r}; set special_tokens = [end, user, assistant, pad]")
+        self.end, self.user, self.assistant, self.pad = found
         self.cache = {}
 
     def ids(self, text):

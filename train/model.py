@@ -1,4 +1,4 @@
-"""The `nodes` and `gist` memories on a small decoder, batched and parallel over time: what is trained.
+"""The `nodes`, `gist`, `ahn` and `full` memories on a small decoder, batched and parallel over time: what is trained.
 
 The same equations as reference.py (tests hold them to 1e-4), with the recurrence in chunks and the memory as a mask
 over entries. Parameter names are those of the exported checkpoint, except `A_log`, which is exported as `a` = -exp(A_log).
@@ -156,10 +156,11 @@ class Compressor(nn.Module):
             self.decider = nn.ModuleList([linear(c, c, bias=True), linear(c, 1, bias=True)])
         self.active = Delta(c, heads)
         self.node = nn.Module()
+        # The learned part of a slot begins small and the recurrence's part does not: the first norm of the decoder sees
+        # their ratio, and a large constant slot trained into a gist token that ignored the recurrence (train/LOG.md).
         self.node.map = linear(c, self.slots * d)
-        nn.init.zeros_(self.node.map.weight)
         self.node.slot = nn.Module()
-        self.node.slot.weight = nn.Parameter(torch.randn(self.slots, d) * 0.5)
+        self.node.slot.weight = nn.Parameter(torch.randn(self.slots, d) * 0.02)
 
     def trunk(self, x):
         """h [B, T, c] of token embeddings x [B, T, D]."""
@@ -180,6 +181,43 @@ class Compressor(nn.Module):
         return self.node.slot.weight + self.node.map(r).reshape(-1, self.slots, self.node.slot.weight.shape[1])
 
 
+class Ahn(nn.Module):
+    """The artificial hippocampus of a layer (ahn.md section 6, GatedDeltaNet or DeltaNet), under its published names."""
+
+    def __init__(self, cfg, n_head, hd):
+        super().__init__()
+        d = cfg["hidden_size"]
+        self.fn = nn.Module()
+        f = self.fn
+        f.b_proj, f.g_proj, f.o_norm = linear(d, n_head), linear(d, n_head), RmsNorm(hd, 1e-5)
+        f.o_proj = nn.Module()
+        f.o_proj.weight = nn.Parameter(torch.zeros(n_head, hd, hd))
+        self.gated = cfg.get("_ahn_implementation", "GatedDeltaNet") == "GatedDeltaNet"
+        if self.gated:
+            f.a_proj = linear(d, n_head)
+            f.A_log = nn.Parameter(torch.log(torch.linspace(0.01, 0.1, n_head)))
+            f.dt_bias = nn.Parameter(torch.zeros(n_head))
+
+    def forward(self, h, q, k, v, window, sinks):
+        """What memory adds to the attention output [B, H, T, d]: token u is written when u + window reads; q, k, v are
+        rotated, [B, H, T, d], k and v repeated to the query heads."""
+        f, T = self.fn, h.shape[1]
+        n = T - window - sinks
+        if n <= 0:
+            return torch.zeros_like(q)
+        read, write = slice(window + sinks, T), slice(sinks, T - window)
+        beta = torch.sigmoid(f.b_proj(h[:, write]).float()).transpose(1, 2)
+        if self.gated:
+            g = (-f.A_log.exp() * F.softplus(f.a_proj(h[:, write]).float() + f.dt_bias)).transpose(1, 2)
+        else:
+            g = torch.zeros_like(beta)
+        whole = torch.zeros(h.shape[0], n, dtype=torch.long, device=h.device)
+        o = recur(q[:, :, read].float(), k[:, :, write].float(), v[:, :, write].float(), g, beta, whole)
+        gate = F.silu(f.g_proj(h[:, read]).float()).transpose(1, 2)
+        m = (f.o_norm(o) * gate[..., None]) @ f.o_proj.weight
+        return F.pad(m, (0, 0, window + sinks, 0))
+
+
 class Layer(nn.Module):
     """One decoder layer of qwen2, qwen3 or llama."""
 
@@ -198,8 +236,11 @@ class Layer(nn.Module):
         ffn = cfg["intermediate_size"]
         self.mlp.gate_proj, self.mlp.up_proj = linear(d, ffn), linear(d, ffn)
         self.mlp.down_proj = linear(ffn, d, gain=depth**-0.5)
+        if cfg["memory"]["kind"] == "ahn":
+            self.ahn = Ahn(cfg, self.n_head, self.hd)
+            self.window, self.sinks = cfg["sliding_window"], cfg.get("num_attn_sinks") or 0
 
-    def forward(self, x, cos, sin, mask):
+    def forward(self, x, cos, sin, mask, recall=True):
         B, S, _ = x.shape
         a = self.self_attn
         h = self.input_layernorm(x)
@@ -208,11 +249,15 @@ class Layer(nn.Module):
         v = a.v_proj(h).reshape(B, S, self.n_kv, self.hd)
         if hasattr(a, "q_norm"):
             q, k = a.q_norm(q), a.k_norm(k)
-        q, k = (rotate(z, cos, sin).to(v.dtype).transpose(1, 2) for z in (q, k))
-        v = v.transpose(1, 2)
+        # The soft-max stays in F32 on the CPU: its BF16 backward is slower there than the F32 one.
+        ty = v.dtype if v.is_cuda else torch.float32
+        q, k, v = (z.to(ty).transpose(1, 2) for z in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if self.n_kv != self.n_head:
             k, v = (z.repeat_interleave(self.n_head // self.n_kv, 1) for z in (k, v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with torch.autocast(x.device.type, enabled=x.is_cuda):
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            if recall and hasattr(self, "ahn"):
+                o = o + self.ahn(h, q, k, v, self.window, self.sinks)
         x = x + a.o_proj(o.transpose(1, 2).reshape(B, S, -1))
         h = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
@@ -289,11 +334,26 @@ class Layout:
         self.mask = (seen | torch.eye(self.size, dtype=torch.bool, device=device)[None])[:, None]
 
 
+class Plain:
+    """Entries are the tokens: causal attention, for `ahn` within the window and to the sinks."""
+
+    def __init__(self, ids, cfg, full):
+        B, T = ids.shape
+        t = torch.arange(T, device=ids.device)
+        self.token = self.position = t[None].expand(B, T)
+        seen = t[None, :] <= t[:, None]
+        if cfg["memory"]["kind"] == "ahn" and not full:
+            seen = seen & ((t[:, None] - t[None, :] < cfg["sliding_window"]) | (t[None, :] < (cfg.get("num_attn_sinks") or 0)))
+        self.mask = seen[None, None]
+
+
 class Mneme(nn.Module):
-    """A decoder with a `nodes` or `gist` memory. `cfg` is the config.json of the checkpoint."""
+    """A decoder with a `nodes`, `gist`, `ahn` or `full` memory. `cfg` is the config.json of the checkpoint."""
 
     def __init__(self, cfg):
         super().__init__()
+        if "memory" not in cfg:
+            cfg["memory"] = {"kind": "ahn" if "_ahn_implementation" in cfg else "full"}
         self.cfg, self.m = cfg, cfg["memory"]
         d = cfg["hidden_size"]
         self.model = nn.Module()
@@ -312,12 +372,15 @@ class Mneme(nn.Module):
         inv = rope_inv_freq(cfg, cfg.get("head_dim") or d // cfg["num_attention_heads"])
         self.register_buffer("inv_freq", torch.tensor(inv, dtype=torch.float64), persistent=False)
 
-    def forward(self, ids, cut=None, gaps=None, rows=None, h=None):
+    def forward(self, ids, cut=None, gaps=None, rows=None, h=None, full=False):
         """Logits after the tokens of ids [B, T] under cuts [B, T] (a cut after t is True at t).
 
         With `rows` = (b, t) index tensors only those rows are projected to the vocabulary: [n, V]; else [B, T, V].
-        `h` may hand in the trunk's output, so that it is not computed twice.
+        `h` may hand in the trunk's output, so that it is not computed twice. `full` reads without any memory: the
+        teacher of a distillation.
         """
+        if full and self.m["kind"] == "nodes":
+            cut = torch.zeros_like(ids, dtype=torch.bool)
         x = self.model.embed_tokens(ids)
         if self.m["kind"] == "nodes":
             lay = Layout(cut, self.m, gaps)
@@ -328,13 +391,15 @@ class Mneme(nn.Module):
             e = x.new_zeros(x.shape[0], lay.size, x.shape[2])
             e = e.index_put((torch.arange(len(x), device=x.device)[:, None].expand_as(lay.token), lay.token), x)
             e = e.index_put((lay.slot_rows, lay.slot), slots.to(e.dtype))
-        else:
+        elif self.m["kind"] == "gist":
             gist = torch.isin(ids, torch.tensor(self.m["gist_token_ids"], device=ids.device))
             lay, e = Layout(None, self.m, slot_of=gist), x
+        else:
+            lay, e = Plain(ids, self.cfg, full), x
         angle = lay.position[..., None].double() * self.inv_freq
         cos, sin = angle.cos().float()[:, :, None], angle.sin().float()[:, :, None]
         for layer in self.model.layers:
-            e = layer(e, cos, sin, lay.mask)
+            e = layer(e, cos, sin, lay.mask, not full)
         if rows is None:
             y = e[torch.arange(len(x), device=x.device)[:, None], lay.token]
         else:
@@ -360,7 +425,7 @@ class Mneme(nn.Module):
         out = {}
         for name, t in self.state_dict().items():
             t = t.detach().float().cpu().contiguous()
-            if name.endswith(".A_log"):
+            if name.startswith("mem.") and name.endswith(".A_log"):
                 name, t = name.removesuffix("A_log") + "a", -t.exp()
             out[name] = t
         return out
@@ -371,7 +436,8 @@ class Mneme(nn.Module):
         for name, t in tensors.items():
             if name.startswith("mem.") and name.endswith(".a"):
                 name, t = name.removesuffix("a") + "A_log", torch.log(-t)
-            state[name] = t
+            if not name.endswith("ahn.fn.D"):  # published, and without effect
+                state[name] = t
         self.load_state_dict(state)
 
     @classmethod

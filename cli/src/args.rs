@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use mneme_engine::engine::{KV_TYPES, N_UBATCH, kv_type};
 use mneme_engine::memory::{MEMORIES, spec::MemorySpec};
 use mneme_engine::ops::Cpu;
+use mneme_engine::sampler::{SamplerKind, SamplerParams};
 use mneme_engine::{Engine, LoadOptions, Model, Sequence, SequenceOptions};
 use mneme_kernels::attend::{KvType, PageLayout};
 use std::ffi::OsString;
@@ -258,6 +259,215 @@ impl CellArgs {
     }
 }
 
+/// How tokens are chosen. Names, defaults and order are llama.cpp's.
+#[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Seed; -1 for a random one
+    #[arg(short, long, value_name = "N", default_value = "-1", value_parser = parse_seed,
+        allow_hyphen_values = true)]
+    pub seed: u32,
+    /// Temperature; 0 always takes the likeliest token
+    #[arg(long, value_name = "T", default_value_t = 0.8, alias = "temperature")]
+    pub temp: f32,
+    /// Keep the K likeliest tokens; 0 is off
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    pub top_k: i32,
+    /// Keep the likeliest tokens that together reach P; 1 is off
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f32,
+    /// Keep tokens at least P times as likely as the likeliest; 0 is off
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    pub min_p: f32,
+    /// Locally typical sampling; 1 is off
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub typical: f32,
+    /// Keep tokens within N standard deviations of the greatest logit; -1 is off
+    #[arg(long, value_name = "N", default_value_t = -1.0, allow_hyphen_values = true)]
+    pub top_nsigma: f32,
+    /// Chance to take out all but the last of the tokens above --xtc-threshold
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub xtc_probability: f32,
+    /// See --xtc-probability
+    #[arg(long, value_name = "P", default_value_t = 0.1)]
+    pub xtc_threshold: f32,
+    /// Range of a temperature that follows the entropy; 0 is off
+    #[arg(long, value_name = "R", default_value_t = 0.0)]
+    pub dynatemp_range: f32,
+    /// How the entropy maps to that range
+    #[arg(long, value_name = "E", default_value_t = 1.0)]
+    pub dynatemp_exp: f32,
+    /// Tokens the penalties look back at; 0 is off, -1 all
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 64,
+        allow_hyphen_values = true
+    )]
+    pub repeat_last_n: i32,
+    /// Divides the logits of tokens seen lately; 1 is off
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub repeat_penalty: f32,
+    /// Subtracted once from the logits of tokens seen lately
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_hyphen_values = true
+    )]
+    pub presence_penalty: f32,
+    /// Subtracted for every time a token was seen lately
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_hyphen_values = true
+    )]
+    pub frequency_penalty: f32,
+    /// Scale of the penalty on prolonged repetitions (DRY); 0 is off
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub dry_multiplier: f32,
+    /// Base of its growth
+    #[arg(long, value_name = "X", default_value_t = 1.75)]
+    pub dry_base: f32,
+    /// Repetitions up to this length cost nothing
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub dry_allowed_length: i32,
+    /// Tokens searched for repetitions; 0 is off, -1 all
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 64,
+        allow_hyphen_values = true
+    )]
+    pub dry_penalty_last_n: i32,
+    /// Text no repetition reaches across; may be repeated, `none` for none [default: \n : \" *]
+    #[arg(long, value_name = "TEXT")]
+    pub dry_sequence_breaker: Vec<String>,
+    /// Mirostat version 1 or 2 instead of the chain; 0 is off
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub mirostat: u8,
+    /// Mirostat learning rate
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    pub mirostat_lr: f32,
+    /// Mirostat target surprise, bits
+    #[arg(long, value_name = "X", default_value_t = 5.0)]
+    pub mirostat_ent: f32,
+    /// Steps of the chain in order, separated by `;`
+    #[arg(long, value_name = "NAMES")]
+    pub samplers: Option<String>,
+    /// Added to a token's logit: ID+BIAS or ID-BIAS; may be repeated
+    #[arg(short, long, value_name = "ID(+/-)BIAS", value_parser = parse_bias)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Never end a text
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+impl SamplingArgs {
+    /// What the sampler takes.
+    pub fn params(&self) -> Result<SamplerParams> {
+        let defaults = SamplerParams::default();
+        let breakers = match &self.dry_sequence_breaker[..] {
+            [] => defaults.dry_sequence_breakers.clone(),
+            [one] if one == "none" => Vec::new(),
+            texts => texts.iter().map(|t| unescape(t)).collect(),
+        };
+        let samplers = match &self.samplers {
+            None => defaults.samplers.clone(),
+            Some(names) => names
+                .split(';')
+                .filter(|name| !name.is_empty())
+                .map(SamplerKind::from_name)
+                .collect::<Result<_, _>>()?,
+        };
+        let params = SamplerParams {
+            seed: self.seed,
+            temperature: self.temp,
+            dynatemp_range: self.dynatemp_range,
+            dynatemp_exponent: self.dynatemp_exp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            typical_p: self.typical,
+            top_n_sigma: self.top_nsigma,
+            xtc_probability: self.xtc_probability,
+            xtc_threshold: self.xtc_threshold,
+            repeat_last_n: self.repeat_last_n,
+            repeat_penalty: self.repeat_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            dry_multiplier: self.dry_multiplier,
+            dry_base: self.dry_base,
+            dry_allowed_length: self.dry_allowed_length,
+            dry_penalty_last_n: self.dry_penalty_last_n,
+            dry_sequence_breakers: breakers,
+            mirostat: self.mirostat,
+            mirostat_tau: self.mirostat_ent,
+            mirostat_eta: self.mirostat_lr,
+            ignore_eos: self.ignore_eos,
+            logit_bias: self.logit_bias.clone(),
+            samplers,
+            ..defaults
+        };
+        params.validate()?;
+        Ok(params)
+    }
+}
+
+/// A seed; -1 is the one that means a random one.
+fn parse_seed(text: &str) -> Result<u32, String> {
+    match text {
+        "-1" => Ok(u32::MAX),
+        text => text.parse().map_err(|e| format!("{e}")),
+    }
+}
+
+/// `17+2.5`, `17-inf`.
+fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+    let at = text
+        .find(['+', '-'])
+        .ok_or("expected ID+BIAS or ID-BIAS, such as 15043+1 or 15043-inf")?;
+    let id = text[..at].parse().map_err(|e| format!("token id: {e}"))?;
+    let bias: f32 = text[at..].parse().map_err(|e| format!("bias: {e}"))?;
+    match bias.is_nan() {
+        true => Err("bias: not a number".into()),
+        false => Ok((id, bias)),
+    }
+}
+
+/// `text` with `\n`, `\r`, `\t`, `\"`, `\'`, `\\` and `\xNN` (below 80) written out.
+pub fn unescape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        if c != '\\' {
+            out.push(c);
+            continue;
+        }
+        let rest = chars.as_str();
+        match chars.next() {
+            Some('n') => out.push('\n'),
+            Some('r') => out.push('\r'),
+            Some('t') => out.push('\t'),
+            Some(c @ ('"' | '\'' | '\\')) => out.push(c),
+            Some('x') => match rest.get(1..3).and_then(|h| u8::from_str_radix(h, 16).ok()) {
+                Some(byte) if byte < 0x80 => {
+                    out.push(char::from(byte));
+                    chars = rest[3..].chars();
+                }
+                _ => out.push_str("\\x"),
+            },
+            Some(c) => {
+                out.push('\\');
+                out.push(c);
+            }
+            None => out.push('\\'),
+        }
+    }
+    out
+}
+
 /// Bytes of memory in this machine, where the system says so.
 fn total_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
@@ -336,6 +546,38 @@ mod tests {
             ["-p", "-ub", "--ubatch-size"]
         );
         assert_eq!(rewritten(&["--", "-ub"]), ["--", "-ub"]);
+    }
+
+    #[test]
+    fn without_flags_sampling_is_llama_cpps() {
+        #[derive(clap::Parser)]
+        struct Only {
+            #[command(flatten)]
+            sampling: SamplingArgs,
+        }
+        let parse = |args: &[&str]| {
+            let args = ["x"].iter().chain(args);
+            <Only as clap::Parser>::try_parse_from(args).map(|o| o.sampling.params())
+        };
+        let params = parse(&[]).unwrap().unwrap();
+        assert_eq!(params, SamplerParams::default());
+        let args = ["--samplers", "top_k;temp", "-l", "7-inf", "-s", "3"];
+        let params = parse(&args).unwrap().unwrap();
+        assert_eq!(
+            params.samplers,
+            [SamplerKind::TopK, SamplerKind::Temperature]
+        );
+        assert_eq!(params.logit_bias, [(7, f32::NEG_INFINITY)]);
+        assert_eq!(params.seed, 3);
+        assert!(parse(&["--samplers", "top_k;magic"]).unwrap().is_err());
+        assert!(parse(&["-l", "7"]).is_err());
+        assert!(parse(&["--repeat-penalty", "0"]).unwrap().is_err());
+    }
+
+    #[test]
+    fn escapes_are_written_out() {
+        assert_eq!(unescape(r#"a\nb\t\"\\n\x41é\q\"#), "a\nb\t\"\\nAé\\q\\");
+        assert_eq!(unescape(r"\xZZ\xff\x4"), r"\xZZ\xff\x4");
     }
 
     #[test]

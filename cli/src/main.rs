@@ -5,8 +5,10 @@
 
 mod args;
 mod bench;
+mod convert;
 mod demo;
 mod eval;
+mod generate;
 #[cfg(feature = "hf")]
 mod hub;
 mod interrupt;
@@ -15,8 +17,12 @@ mod npy;
 mod perplexity;
 mod plots;
 mod progress;
+mod quantize;
 mod report;
+mod run;
+mod saved;
 mod segments;
+mod serve;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -38,6 +44,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Go on with a text: from -p, a file or stdin
+    Run(run::Args),
+    /// Serve a model over HTTP: llama.cpp's protocol, OpenAI's and Anthropic's
+    Serve(serve::Args),
+    /// Bring a Hugging Face checkpoint or a memory into GGUF
+    Convert(convert::Args),
+    /// Write a GGUF in another type
+    Quantize(quantize::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
@@ -55,6 +69,10 @@ enum Command {
 impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
+            Command::Run(args) => run::run(&args),
+            Command::Serve(args) => serve::run(&args),
+            Command::Convert(args) => convert::run(&args),
+            Command::Quantize(args) => quantize::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Demo(args) => demo::run(&args),

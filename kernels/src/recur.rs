@@ -9,6 +9,8 @@
 //! then `out = S^T q`, after the write. Two forms: token by token, and in chunks of
 //! [`CHUNK`] tokens whose inside is matrix products.
 
+pub(crate) mod chunk;
+
 use crate::cpu;
 use crate::dispatch::{self, Isa};
 use crate::pool::Pool;
@@ -86,40 +88,107 @@ pub fn recur(pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
 /// [`recur`] with a chosen instruction set, which must be [`dispatch::available`]. The scalar set
 /// has the recurrent form only and uses it for [`Form::Chunked`] too.
 pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
-    cpu::check(isa);
-    let _ = form;
-    for seq in seqs {
-        check(seq);
-        let state_len = seq.head_dim_k * seq.head_dim_v;
-        let state = SplitMut::new(&mut *seq.state);
-        let out = SplitMut::new(&mut *seq.out);
-        let (n_tokens, n_head, dim_v) = (seq.n_tokens, seq.n_head, seq.head_dim_v);
-        let inputs = Inputs {
-            rule: seq.rule,
-            n_tokens,
-            n_head,
-            n_head_k: seq.n_head_k,
-            head_dim_k: seq.head_dim_k,
-            head_dim_v: dim_v,
-            q: seq.q,
-            k: seq.k,
-            v: seq.v,
-            g: seq.g,
-            beta: seq.beta,
-            resets: seq.resets,
-        };
-        pool.for_each(n_head, 1, |heads| {
-            for head in heads {
-                // SAFETY: a head is claimed once; its state and its rows of `out` are its own.
-                unsafe {
-                    let state = state.part(head * state_len..(head + 1) * state_len);
-                    cpu::scalar::recur::recur(&inputs, head, state, |t| {
-                        let first = (t * n_head + head) * dim_v;
-                        out.part(first..first + dim_v)
-                    });
-                }
+    let kernels = cpu::recur(isa);
+    let mut heads = Vec::new();
+    let inputs: Vec<(Inputs<'_>, SplitMut<'_, f32>, SplitMut<'_, f32>)> = seqs
+        .iter_mut()
+        .enumerate()
+        .map(|(i, seq)| {
+            check(seq);
+            heads.extend((0..seq.n_head).map(|head| (i, head)));
+            (
+                Inputs {
+                    rule: seq.rule,
+                    n_tokens: seq.n_tokens,
+                    n_head: seq.n_head,
+                    n_head_k: seq.n_head_k,
+                    head_dim_k: seq.head_dim_k,
+                    head_dim_v: seq.head_dim_v,
+                    q: seq.q,
+                    k: seq.k,
+                    v: seq.v,
+                    g: seq.g,
+                    beta: seq.beta,
+                    resets: seq.resets,
+                },
+                SplitMut::new(&mut *seq.state),
+                SplitMut::new(&mut *seq.out),
+            )
+        })
+        .collect();
+    pool.for_each(heads.len(), 1, |range| {
+        for &(seq, head) in &heads[range] {
+            let (x, state, out) = &inputs[seq];
+            if x.n_tokens == 0 || x.head_dim_v == 0 {
+                continue;
             }
-        });
+            let chunked = match form {
+                Form::Recurrent => false,
+                Form::Chunked => true,
+                Form::Auto => x.n_tokens >= kernels.chunked_from,
+            };
+            let run = if chunked {
+                kernels.chunked
+            } else {
+                kernels.recurrent
+            };
+            let len = x.head_dim_k * x.head_dim_v;
+            // SAFETY: a head is claimed once; its state and its rows of `out`, one in `n_head`
+            // from its own first row on, are its own. The instruction set is available.
+            unsafe {
+                let first = head * x.head_dim_v;
+                let out = out.part(first..first).as_mut_ptr();
+                run(x, head, state.part(head * len..(head + 1) * len), out);
+            }
+        }
+    });
+}
+
+/// One head over all tokens: inputs, head, its state, its row of the first token's output. Rows
+/// are `n_head * head_dim_v` numbers apart.
+pub(crate) type RunHead = unsafe fn(&Inputs<'_>, usize, &mut [f32], *mut f32);
+
+/// The two forms of an instruction set.
+pub(crate) struct HeadKernels {
+    pub(crate) recurrent: RunHead,
+    pub(crate) chunked: RunHead,
+    /// Tokens from which on the chunked form is the faster one.
+    pub(crate) chunked_from: usize,
+}
+
+/// `1 / |z|` as the rule defines it. In 16 sums, so that it becomes vector code in each
+/// instruction set's caller.
+#[inline(always)]
+pub(crate) fn inverse_norm(rule: Rule, z: &[f32]) -> f32 {
+    let mut sums = [0f32; 16];
+    let (whole, rest) = z.as_chunks::<16>();
+    for z in whole {
+        for i in 0..16 {
+            sums[i] += z[i] * z[i];
+        }
+    }
+    let mut squares = 0.0;
+    for z in rest {
+        squares += z * z;
+    }
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+    }
+    squares += sums[0];
+    match rule {
+        Rule::Ssd => 1.0 / squares.sqrt().max(1e-12),
+        Rule::GatedDelta | Rule::Delta => 1.0 / (squares + 1e-6).sqrt(),
+    }
+}
+
+/// What a key and a query are multiplied by besides [`inverse_norm`].
+#[inline(always)]
+pub(crate) fn further_scales(x: &Inputs<'_>) -> (f32, f32) {
+    match x.rule {
+        Rule::Ssd => (1.0, 1.0),
+        Rule::GatedDelta | Rule::Delta => (1.0, 1.0 / (x.head_dim_k as f32).sqrt()),
     }
 }
 

@@ -358,24 +358,24 @@ fn top_k_prefers_the_older_of_equals() {
 fn a_query_has_the_same_bits_in_any_company() {
     for ty in TYPES {
         for (group, top_k) in [(1, 0), (7, 0), (8, 0), (8, 33), (70, 0)] {
-            let visible: Vec<Visible> = (0..75)
+            let visible: Vec<Visible> = (0..50)
                 .map(|i| Visible {
                     n_kept: 100 + i as u32,
                     raw_begin: 3 * i,
-                    raw_end: 2200 + i,
+                    raw_end: 1100 + i,
                 })
                 .collect();
             let mut case = Case::new(3, layout(group, 1, (32, 48), (ty, ty)), visible, 0, 2.0);
             case.top_k = top_k;
             case.n_always = 2;
             for &isa in available() {
-                let n = if isa == Isa::Scalar { 3 } else { 75 };
+                let n = if isa == Isa::Scalar { 3 } else { 50 };
                 let whole = case.run_queries(isa, &Pool::new(1), 0..n);
                 for threads in [2, 5] {
                     let got = case.run_queries(isa, &Pool::new(threads), 0..n);
                     assert_eq!(got, whole, "{ty:?} on {}, {threads} threads", isa.name());
                 }
-                for chunk in [1, 4, 50] {
+                for chunk in [1, 4, 33] {
                     let pool = Pool::new(3);
                     let chunked: Vec<f32> = (0..n)
                         .step_by(chunk)

@@ -63,3 +63,12 @@ def test_causality_of_the_reference():
     a, b = model.forward(ids), model.forward(changed)
     assert np.abs(a["logits"][:50] - b["logits"][:50]).max() == 0.0
     assert [c for c in a["cuts"] if c < 49] == [c for c in b["cuts"] if c < 49]
+
+
+@pytest.mark.parametrize("name", ("ahn-gdn-tiny", "ahn-dn-tiny", "ahn-gdn-qwen3", "ahn-gdn-untied", "qwen2-tiny", "llama-tiny"))
+def test_ahn_and_full_against_the_parity_fixtures(name):
+    model = Mneme.load(FIXTURES / name)
+    e = load_file(FIXTURES / name / "expected.safetensors")
+    with torch.no_grad():
+        logits = model(torch.tensor(e["input_ids"])[None])[0].numpy()
+    assert np.abs(logits - e["logits"]).max() / np.abs(e["logits"]).max() < 1e-4

@@ -1,5 +1,6 @@
 //! What goes into the scheduler and what comes out.
 
+use crate::grammar::Grammar;
 use crate::memory::Stats;
 use crate::memory::spec::MemorySpec;
 use crate::sampler::SamplerParams;
@@ -7,11 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// A language the answer must be in.
-pub use crate::grammar::Source as Grammar;
-
 /// How an answer is to be written.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Params {
     /// Sampling, seed and biases included.
     pub sampler: SamplerParams,

@@ -5,7 +5,7 @@ use super::slot::{Next, Task};
 use super::{Scheduler, Waiting};
 use crate::engine::{Feed, Sequence, Want};
 use crate::error::{Error, Result};
-use crate::grammar::Grammar;
+use crate::sampler::Sampler;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,8 @@ impl Scheduler {
                 continue;
             };
             if let Some(waiting) = self.queue.remove(at) {
-                self.waiting.fetch_sub(waiting.job.weight(), Ordering::AcqRel);
+                self.waiting
+                    .fetch_sub(waiting.job.weight(), Ordering::AcqRel);
                 self.start(id, waiting);
             }
         }
@@ -64,12 +65,9 @@ impl Scheduler {
         if spec.name == "full" && n_prompt >= n_ctx {
             return job.refuse(Failure::Context { n_prompt, n_ctx });
         }
-        let grammar = match &job.params.grammar {
-            None => None,
-            Some(source) => match Grammar::new(source, &self.engine.model.tokenizer) {
-                Ok(grammar) => Some(grammar),
-                Err(e) => return job.refuse(Failure::Invalid(e.to_string())),
-            },
+        let sampler = match Sampler::new(&job.params.sampler, &self.engine.model.tokenizer) {
+            Ok(sampler) => sampler,
+            Err(e) => return job.refuse(Failure::Invalid(e.to_string())),
         };
         let (held, logits, marks) = match head {
             Some((seq, logits)) => {
@@ -83,7 +81,7 @@ impl Scheduler {
         };
         let slot = &mut self.slots[id];
         slot.used = true;
-        let mut task = Task::new(&self.engine.model, job, held, grammar);
+        let mut task = Task::new(job, held, sampler);
         task.marks = marks;
         self.totals.prompt_cached += held as u64;
         if task.job.params.progress {
@@ -335,6 +333,7 @@ impl Scheduler {
         match task.choose(&self.engine.model, &mut logits, forced) {
             Next::Done(stop) => self.finish(id, stop),
             Next::Feed => self.make_room(id),
+            Next::Broken(what) => self.fail(id, Failure::Engine(what)),
         }
     }
 

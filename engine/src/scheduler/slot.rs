@@ -88,12 +88,13 @@ pub(super) enum Next {
     Feed,
     /// The answer is complete.
     Done(Stop),
+    /// The answer cannot go on.
+    Broken(String),
 }
 
 impl Task {
     /// A task whose prompt is in the sequence up to `n_cached`.
-    pub fn new(model: &Model, job: Job, n_cached: usize, grammar: Option<Grammar>) -> Task {
-        let sampler = Sampler::new(&job.params.sampler, &model.tokenizer);
+    pub fn new(mut job: Job, n_cached: usize, sampler: Sampler) -> Task {
         let now = Instant::now();
         let mut task = Task {
             pending: job.prompt[n_cached..].to_vec(),
@@ -102,7 +103,7 @@ impl Task {
             n_cached,
             truncated: false,
             sampler,
-            grammar,
+            grammar: job.params.grammar.take(),
             answer: Answer::new(job.params.stop.clone()),
             tokens: Vec::new(),
             probs: Vec::new(),
@@ -167,12 +168,15 @@ impl Task {
         let id = match forced {
             Some(id) => id,
             None => {
-                if let Some(grammar) = &mut self.grammar
-                    && !grammar.mask(logits)
-                {
-                    // Nothing may follow any more: the answer is complete.
-                    self.note_token(now);
-                    return Next::Done(Stop::Eos);
+                if let Some(grammar) = &mut self.grammar {
+                    if grammar.is_stopped() {
+                        // Nothing may follow any more: the answer is complete.
+                        self.note_token(now);
+                        return Next::Done(Stop::Eos);
+                    }
+                    if let Err(e) = grammar.mask(logits) {
+                        return Next::Broken(e.to_string());
+                    }
                 }
                 self.sampler.sample(logits)
             }
@@ -184,8 +188,11 @@ impl Task {
             });
         }
         self.sampler.accept(id);
-        if let Some(grammar) = &mut self.grammar {
-            grammar.accept(id);
+        if let Some(grammar) = &mut self.grammar
+            && forced.is_none()
+            && let Err(e) = grammar.accept(id)
+        {
+            return Next::Broken(e.to_string());
         }
         self.note_token(now);
         self.tokens.push(id);
@@ -199,12 +206,17 @@ impl Task {
     }
 
     fn after_filters(&self, id: u32, n: usize) -> TokenProbs {
-        let all = self.sampler.probabilities();
+        let mut all: Vec<(u32, f32)> = (self.sampler.candidates().iter())
+            .map(|c| (c.id, c.p))
+            .filter(|(_, p)| *p > 0.0)
+            .collect();
+        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         let value = all.iter().find(|(t, _)| *t == id).map_or(0.0, |t| t.1);
+        all.truncate(n);
         TokenProbs {
             id,
             value,
-            top: all.into_iter().filter(|t| t.1 > 0.0).take(n).collect(),
+            top: all,
         }
     }
 
@@ -276,7 +288,8 @@ impl Task {
         let is_word = matches!(stop, Stop::Word(_));
         if is_word {
             let len = self.answer.text().len();
-            let keep = self.ends.iter().take_while(|end| **end < len).count() + usize::from(len > 0);
+            let keep =
+                self.ends.iter().take_while(|end| **end < len).count() + usize::from(len > 0);
             self.probs.truncate(keep);
             let keep = self.n_told.max(keep.min(self.tokens.len()));
             self.tokens.truncate(keep);

@@ -9,6 +9,7 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+mod lanes;
 pub(crate) mod mul_mat;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
@@ -18,6 +19,7 @@ use crate::attend::tile::PageKernels;
 use crate::cpu::mul_mat::{Panel, Scratch};
 use crate::dispatch::{Isa, available};
 use crate::mul_mat::activations::QuantizeRow;
+use crate::recur::HeadKernels;
 use crate::rope::RopeKind;
 
 /// `x` row, weights, eps, out row.
@@ -26,6 +28,8 @@ pub(crate) type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
 pub(crate) type Swiglu = unsafe fn(&[f32], &[f32], &mut [f32]);
 /// x, y.
 pub(crate) type Add = unsafe fn(&mut [f32], &[f32]);
+/// Position, inverse frequencies, scale, cosines, sines.
+pub(crate) type Turns = unsafe fn(u32, &[f32], f32, &mut [f32], &mut [f32]);
 /// The rotated part of a head, cosines, sines.
 pub(crate) type Rope = unsafe fn(RopeKind, &mut [f32], &[f32], &[f32]);
 
@@ -43,22 +47,54 @@ pub(crate) fn check(isa: Isa) {
 
 pub(crate) fn rms_norm(isa: Isa) -> RmsNorm {
     check(isa);
-    scalar::rms_norm::rms_norm
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::rms_norm::rms_norm,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => avx512::rms_norm::rms_norm,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::rms_norm::rms_norm,
+        _ => scalar::rms_norm::rms_norm,
+    }
 }
 
 pub(crate) fn swiglu(isa: Isa) -> Swiglu {
     check(isa);
-    scalar::swiglu::swiglu
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::swiglu::swiglu,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => avx512::swiglu::swiglu,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::swiglu::swiglu,
+        _ => scalar::swiglu::swiglu,
+    }
 }
 
 pub(crate) fn add(isa: Isa) -> Add {
     check(isa);
-    scalar::add::add
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::add::add,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => avx512::add::add,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::add::add,
+        _ => scalar::add::add,
+    }
 }
 
-pub(crate) fn rope(isa: Isa) -> Rope {
+pub(crate) fn rope(isa: Isa) -> (Turns, Rope) {
     check(isa);
-    scalar::rope::rope
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => (avx2::rope::turns, avx2::rope::rope),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => (avx512::rope::turns, avx512::rope::rope),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => (neon::rope::turns, neon::rope::rope),
+        _ => (scalar::rope::turns, scalar::rope::rope),
+    }
 }
 
 /// `None` for plain Rust, which works on the file's own rows.
@@ -84,5 +120,29 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
         _ => None,
+    }
+}
+
+/// Scalar has the recurrent form only.
+pub(crate) fn recur(isa: Isa) -> HeadKernels {
+    check(isa);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => HeadKernels {
+            recurrent: avx512::recur::recurrent,
+            chunked: amx::recur::chunked,
+            chunked_from: 32,
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => HeadKernels {
+            recurrent: avx512::recur::recurrent,
+            chunked: avx512::recur::chunked,
+            chunked_from: usize::MAX,
+        },
+        _ => HeadKernels {
+            recurrent: scalar::recur::recur,
+            chunked: scalar::recur::recur,
+            chunked_from: usize::MAX,
+        },
     }
 }

@@ -3,7 +3,11 @@
 //! One file per op. Outputs are poisoned with NaN first, shapes are ragged on purpose, and each
 //! test states the bound it holds the op to and where that bound comes from.
 
+mod add;
 mod mul_mat;
+mod rms_norm;
+mod rope;
+mod swiglu;
 
 use mneme_kernels::dispatch::{self, Isa};
 use rand::rngs::StdRng;

@@ -36,8 +36,7 @@ impl Ahead {
         } else {
             p.wrapping_offset(self.jump)
         };
-        // SAFETY: a prefetch never faults and changes no value.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
     }
 }
 

@@ -1,3 +1,7 @@
 //! AArch64 with dot-product instructions.
 
+pub(crate) mod add;
 pub(crate) mod mul_mat;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
+pub(crate) mod swiglu;

@@ -3,13 +3,11 @@
 
 use crate::recur::{Inputs, Rule};
 
-/// One head. `state` is `[head_dim_k, head_dim_v]`, `out(t)` the row of token `t`.
-pub(crate) fn recur<'o>(
-    x: &Inputs<'_>,
-    head: usize,
-    state: &mut [f32],
-    out: impl Fn(usize) -> &'o mut [f32],
-) {
+/// One head. `state` is `[head_dim_k, head_dim_v]`.
+///
+/// # Safety
+/// Row `t` of the head's output must be at `t * n_head * head_dim_v` after `out`.
+pub(crate) unsafe fn recur(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
     let head_k = head / (x.n_head / x.n_head_k);
     let mut error = vec![0f64; dim_v];
@@ -52,8 +50,9 @@ pub(crate) fn recur<'o>(
                 *sum += f64::from(s) * (f64::from(q) * scale_q);
             }
         }
-        for (out, sum) in out(t).iter_mut().zip(sum) {
-            *out = sum as f32;
+        for (i, sum) in sum.into_iter().enumerate() {
+            // SAFETY: within row `t`, by the caller's promise.
+            unsafe { *out.add(t * x.n_head * dim_v + i) = sum as f32 }
         }
     }
 }

@@ -1,0 +1,75 @@
+//! What the command line adds to a session file: everything beside tokens and memory that is
+//! needed to go on exactly.
+
+use anyhow::{Context, Result, bail};
+use mneme_engine::memory::spec::MemorySpec;
+use mneme_engine::sampler::Sampler;
+use mneme_engine::{Model, Sequence};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+
+/// The caller's part of a session file, as JSON.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Saved {
+    /// Tokens said and not yet read.
+    pub pending: Vec<u32>,
+    /// [`Sampler::save`].
+    pub sampler: Vec<u8>,
+    /// The conversation, of `chat`.
+    pub messages: Vec<serde_json::Value>,
+    /// The text that has been read, of `chat`.
+    pub rendered: String,
+}
+
+impl Saved {
+    /// Reads a session of `model`. `spec` is the memory asked for, if any: another one in the file
+    /// is refused.
+    pub fn load(
+        model: &Arc<Model>,
+        path: &Path,
+        n_ctx: usize,
+        spec: Option<&MemorySpec>,
+    ) -> Result<(Sequence, Saved)> {
+        let (seq, extra) = Sequence::load(model, path, n_ctx)?;
+        if let Some(spec) = spec
+            && spec.text != seq.spec().text
+        {
+            bail!(
+                "session {}: made with --memory {}, not {spec}",
+                path.display(),
+                seq.spec()
+            );
+        }
+        let saved: Saved = match extra.is_empty() {
+            true => Saved::default(),
+            false => serde_json::from_slice(&extra)
+                .with_context(|| format!("session {}", path.display()))?,
+        };
+        let n_vocab = model.hparams().n_vocab;
+        if let Some(id) = saved.pending.iter().find(|id| **id as usize >= n_vocab) {
+            bail!(
+                "session {}: token id {id} is outside the vocabulary of {n_vocab}",
+                path.display()
+            );
+        }
+        Ok((seq, saved))
+    }
+
+    /// Writes the session.
+    pub fn save(&self, seq: &Sequence, path: &Path) -> Result<u64> {
+        let extra = serde_json::to_vec(self).context("session")?;
+        Ok(seq.save(path, &extra)?)
+    }
+
+    /// Gives a sampler its state back. One with other settings starts afresh, but knows what was
+    /// said.
+    pub fn restore_sampler(&self, sampler: &mut Sampler, seq: &Sequence) {
+        if self.sampler.is_empty() || sampler.restore(&self.sampler).is_err() {
+            for &id in seq.tokens().iter().chain(&self.pending) {
+                sampler.accept(id);
+            }
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! `mneme serve`: llama.cpp's server protocol, OpenAI's and Anthropic's, over one model.
+//!
+//! A request is parsed by the module of its API, becomes a [`generate::Generation`], and is handed
+//! to the scheduler; JSON goes no further. Every route is a row of [`routes::ROUTES`], every flag
+//! a row in [`args`], every generation field a row in [`fields`].
+
+mod anthropic;
+mod app;
+mod args;
+mod chat;
+mod errors;
+mod fields;
+mod generate;
+mod http;
+mod metrics;
+mod native;
+mod openai;
+mod openapi;
+mod output;
+mod prompt;
+mod responses;
+mod routes;
+mod slots;
+mod ui;
+
+use anyhow::{Context, Result, bail};
+use app::App;
+use http::Front;
+use mneme_engine::chat::{ChatTemplate, NAMED_TEMPLATES};
+use mneme_engine::ops::Cpu;
+use mneme_engine::scheduler::{Command, Handle, Options, Scheduler};
+use mneme_engine::{Engine, LoadOptions, Model, SequenceOptions};
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+use tokio::sync::watch;
+
+/// Shown as `system_fingerprint` and `build_info`.
+pub const BUILD_INFO: &str = concat!("b1-mneme-", env!("CARGO_PKG_VERSION"));
+
+/// Flags, read by the server's own table (`mneme serve --help`).
+#[derive(clap::Args, Clone, Debug)]
+#[command(disable_help_flag = true)]
+pub struct Args {
+    /// Flags of llama-server
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "FLAGS"
+    )]
+    flags: Vec<String>,
+}
+
+/// Serves until a signal comes.
+pub fn run(args: &Args) -> Result<()> {
+    let mut args = args::Args::parse(&args.flags, |name| std::env::var(name).ok())?;
+    args.verbose |= tracing::enabled!(tracing::Level::INFO);
+    if let Some(text) = &args.print {
+        print!("{text}");
+        return Ok(());
+    }
+    let path = match (&args.model, &args.hf_repo) {
+        (Some(path), _) => path.clone(),
+        #[cfg(feature = "hf")]
+        (None, Some(name)) => crate::hub::fetch(name)?,
+        #[cfg(not(feature = "hf"))]
+        (None, Some(name)) => bail!("-hf {name}: this mneme was built without the feature `hf`"),
+        (None, None) => bail!("a model is needed: -m FILE or -hf USER/REPO"),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(4)
+        .enable_all()
+        .build()
+        .context("starting the server's threads")?;
+    let result = runtime.block_on(main(args, path));
+    runtime.shutdown_background();
+    result
+}
+
+async fn main(args: args::Args, path: std::path::PathBuf) -> Result<()> {
+    let sockets = http::bind(&args).await?;
+    for socket in &sockets {
+        eprintln!("listening on {}", socket.address());
+    }
+    let front = Arc::new(Front::new(args));
+    let (stop, stopped) = watch::channel(false);
+    let serving = tokio::spawn(http::serve(sockets, http::router(&front), stopped.clone()));
+    tokio::spawn(watch_signals(stop));
+
+    let loading = {
+        let front = Arc::clone(&front);
+        tokio::task::spawn_blocking(move || load(front.args.clone(), &path))
+    };
+    let told = async move {
+        let mut stopped = stopped;
+        let _ = stopped.wait_for(|stop| *stop).await;
+    };
+    let (app, thread) = tokio::select! {
+        loaded = loading => loaded.context("loading the model")??,
+        // Told to stop before there was anything to serve.
+        () = told => return Ok(()),
+    };
+    let handle: Handle = app.handle.clone();
+    eprintln!(
+        "ready: {} slots of {} tokens, memory {}",
+        app.n_slots, app.n_ctx, app.memory.text
+    );
+    // Nobody else sets it.
+    let _ = front.app.set(Arc::new(app));
+    let _ = serving.await;
+    // What still runs after the grace is told that the server ends.
+    let _ = handle.send(Command::Stop);
+    let joined = tokio::task::spawn_blocking(move || thread.join());
+    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), joined).await;
+    Ok(())
+}
+
+/// The first SIGINT or SIGTERM asks to end, the second one ends.
+async fn watch_signals(stop: watch::Sender<bool>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    ) else {
+        return;
+    };
+    let mut asked = false;
+    loop {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        if asked {
+            std::process::exit(130);
+        }
+        asked = true;
+        let _ = stop.send(true);
+    }
+}
+
+/// Loads the model and starts the thread that runs it.
+fn load(args: args::Args, path: &std::path::Path) -> Result<(App, std::thread::JoinHandle<()>)> {
+    let n_threads = args
+        .n_threads
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+    let ops = Cpu::new(n_threads);
+    let options = LoadOptions {
+        memory_adapter: args.memory_adapter.clone(),
+    };
+    let model = Model::load(path, &options, &ops, |_, _| {})
+        .with_context(|| format!("loading {}", path.display()))?;
+    let (template, tool_template) = templates(&args, &model)?;
+    let memory = args
+        .memory
+        .clone()
+        .unwrap_or_else(|| model.default_memory());
+    let (n_slots, unified) = args.slots();
+    let n_total = match args.n_ctx {
+        0 => model.hparams().n_ctx_train,
+        n => n,
+    };
+    let n_ctx = if unified { n_total } else { n_total / n_slots };
+    if n_ctx < 8 {
+        bail!(
+            "--ctx-size {n_total}: {n_slots} slots would get {n_ctx} tokens each, at least 8 are needed"
+        );
+    }
+    let sequence = SequenceOptions {
+        n_ctx,
+        ..args.sequence
+    };
+    let engine = Engine::new(Arc::clone(&model), ops, args.n_ubatch);
+    let (scheduler, handle) = Scheduler::new(
+        engine,
+        Options {
+            n_slots,
+            n_ctx,
+            pool: unified.then_some(n_total),
+            n_batch: args.n_batch,
+            sequence,
+            memory: memory.clone(),
+            similarity: args.similarity,
+            max_waiting: args.max_waiting,
+            context_shift: args.context_shift,
+        },
+    )?;
+    let thread = std::thread::Builder::new()
+        .name("engine".into())
+        .spawn(move || scheduler.run())
+        .context("starting the engine's thread")?;
+    // Broken server-wide defaults are found now, not by the first client.
+    fields::Settings::read(&serde_json::json!({}), &args.defaults, &model.tokenizer)
+        .map_err(|e| anyhow::anyhow!(e.message))?;
+    let app = App {
+        args,
+        model,
+        template,
+        tool_template,
+        handle,
+        n_slots,
+        n_ctx,
+        memory,
+        started: app::now(),
+        grammar_vocab: std::sync::OnceLock::new(),
+        scraped: Mutex::default(),
+    };
+    Ok((app, thread))
+}
+
+/// The chat template of the flags, else of the model; and the model's own for tools.
+fn templates(args: &args::Args, model: &Model) -> Result<(ChatTemplate, Option<ChatTemplate>)> {
+    if let Some(path) = &args.chat_template_file {
+        let source = std::fs::read_to_string(path)
+            .with_context(|| format!("--chat-template-file {}", path.display()))?;
+        return Ok((ChatTemplate::new(&source)?, None));
+    }
+    if let Some(text) = &args.chat_template {
+        let known = NAMED_TEMPLATES.iter().any(|row| row.0 == text);
+        let template = match known {
+            true => ChatTemplate::named(text)?,
+            false => ChatTemplate::new(text)?,
+        };
+        return Ok((template, None));
+    }
+    let broken = |e: mneme_engine::chat::Error| {
+        // A model is still useful for completions when its template is not.
+        let _ = writeln!(std::io::stderr(), "warning: {e}; using chatml instead");
+        ChatTemplate::named("chatml")
+    };
+    let template = ChatTemplate::from_gguf(model.gguf()).or_else(broken)?;
+    let tool_template = ChatTemplate::tool_use_from_gguf(model.gguf()).unwrap_or(None);
+    Ok((template, tool_template))
+}

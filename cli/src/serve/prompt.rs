@@ -1,0 +1,142 @@
+//! Prompts in all the forms that requests give them.
+
+use super::app::App;
+use super::errors::{ApiError, ApiResult};
+use super::fields::{get, wrong};
+use serde_json::Value;
+
+/// Message for parts of a prompt that are no text.
+pub const NO_IMAGES: &str =
+    "image input is not supported - hint: this server reads text models only";
+
+/// The prompts of a request: one, or a batch.
+pub fn prompts(app: &App, name: &str, value: &Value) -> ApiResult<Vec<Vec<u32>>> {
+    match value {
+        Value::Array(all) if all.is_empty() => {
+            Err(ApiError::invalid(format!("\"{name}\" must not be empty")))
+        }
+        Value::Array(all) if !all.iter().any(Value::is_number) => {
+            all.iter().map(|one| prompt(app, name, one)).collect()
+        }
+        one => Ok(vec![prompt(app, name, one)?]),
+    }
+}
+
+/// One prompt: text, token ids, both mixed, or an object around a text.
+fn prompt(app: &App, name: &str, value: &Value) -> ApiResult<Vec<u32>> {
+    match value {
+        Value::String(text) => Ok(app.encode(text)),
+        Value::Array(parts) => mixed(app, name, parts),
+        Value::Object(_) => {
+            let media = get(value, "multimodal_data").and_then(Value::as_array);
+            if media.is_some_and(|m| !m.is_empty()) {
+                return Err(ApiError::server(NO_IMAGES));
+            }
+            match value.get("prompt_string") {
+                Some(Value::String(text)) => Ok(app.encode(text)),
+                _ => Err(wrong(name, "an object with prompt_string", value)),
+            }
+        }
+        other => Err(wrong(name, "text, token ids or both", other)),
+    }
+}
+
+/// Ids and texts in one list; only a text at the very beginning gets BOS.
+pub fn mixed(app: &App, name: &str, parts: &[Value]) -> ApiResult<Vec<u32>> {
+    let vocab = &app.model.tokenizer;
+    let mut ids = Vec::new();
+    for (i, part) in parts.iter().enumerate() {
+        match part {
+            Value::String(text) => ids.extend(vocab.encode(text, i == 0, true)),
+            other => ids.push(token_id(app, name, other)?),
+        }
+    }
+    match ids.is_empty() {
+        true => Err(ApiError::invalid(format!("\"{name}\" must not be empty"))),
+        false => Ok(ids),
+    }
+}
+
+/// An id that the vocabulary has.
+pub fn token_id(app: &App, name: &str, value: &Value) -> ApiResult<u32> {
+    let n_vocab = app.model.hparams().n_vocab;
+    match value.as_u64() {
+        Some(id) if (id as usize) < n_vocab => Ok(id as u32),
+        _ => Err(wrong(name, &format!("token ids below {n_vocab}"), value)),
+    }
+}
+
+/// The prompt of `/infill`: files around, text before, text after.
+pub fn infill(app: &App, body: &Value) -> ApiResult<Vec<u32>> {
+    let vocab = &app.model.tokenizer;
+    let ids = vocab.ids();
+    let (Some(prefix_id), Some(suffix_id), Some(middle_id)) =
+        (ids.fim_prefix, ids.fim_suffix, ids.fim_middle)
+    else {
+        return Err(ApiError::unsupported(
+            "Infill is not supported by this model: it has no tokens for prefix, suffix and middle",
+        ));
+    };
+    let text = |name: &str| Ok::<_, ApiError>(super::fields::text(body, name)?.unwrap_or(""));
+    let encode = |text: &str| vocab.encode(text, false, false);
+    let mut extra = Vec::new();
+    let files = match get(body, "input_extra") {
+        None => &[][..],
+        Some(Value::Array(files)) => &files[..],
+        Some(other) => return Err(wrong("input_extra", "a list of files", other)),
+    };
+    if !files.is_empty() {
+        if let Some(repo) = ids.fim_repo {
+            extra.push(repo);
+            extra.extend(encode("myproject\n"));
+        }
+    }
+    for file in files {
+        let Some(content) = file.get("text").and_then(Value::as_str) else {
+            return Err(ApiError::invalid(
+                "extra_context chunk must contain a \"text\" field with a string value",
+            ));
+        };
+        let name = match get(file, "filename") {
+            None => "tmp",
+            Some(Value::String(name)) => name,
+            Some(_) => {
+                return Err(ApiError::invalid(
+                    "extra_context chunk must contain a \"filename\" field with a string value",
+                ));
+            }
+        };
+        match ids.fim_sep {
+            Some(sep) => {
+                extra.push(sep);
+                extra.extend(encode(&format!("{name}\n")));
+            }
+            None => extra.extend(encode(&format!("\n\n--- snippet ---\n\n"))),
+        }
+        extra.extend(encode(content));
+    }
+    if let (Some(sep), false) = (ids.fim_sep, files.is_empty()) {
+        extra.push(sep);
+        extra.extend(encode("filename\n"));
+    }
+    let mut before = encode(text("input_prefix")?);
+    before.extend(encode(text("prompt")?));
+    let mut after = encode(text("input_suffix")?);
+    // The nearest text matters most: three quarters before the gap, one quarter after it.
+    let n_batch = app.args.n_batch.min(app.n_ctx / 2).max(8);
+    before.drain(..before.len().saturating_sub(n_batch * 3 / 4));
+    after.truncate(n_batch / 4);
+    let room = app.n_ctx.saturating_sub(n_batch + 4) / 2;
+    extra.drain(..extra.len().saturating_sub(room));
+    let mut out = Vec::new();
+    if vocab.add_bos() {
+        out.extend(vocab.bos());
+    }
+    out.extend(extra);
+    out.push(prefix_id);
+    out.extend(before);
+    out.push(suffix_id);
+    out.extend(after);
+    out.push(middle_id);
+    Ok(out)
+}

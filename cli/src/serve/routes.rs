@@ -1,0 +1,117 @@
+//! Every route, in one table: what is served, and what /openapi.json says.
+
+use super::app::App;
+use super::errors::{ApiError, ApiResult};
+use super::generate::json_reply;
+use super::{anthropic, metrics, native, openai, openapi, responses, slots, ui};
+use axum::body::Bytes;
+use axum::response::Response;
+use futures::future::BoxFuture;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// A request as handlers see it.
+pub struct Call {
+    /// The `{id}` of the path; empty without one.
+    pub id: String,
+    /// Query parameters, decoded.
+    pub query: Vec<(String, String)>,
+    /// The body.
+    pub body: Bytes,
+}
+
+impl Call {
+    /// The body as JSON, whatever the content type says.
+    pub fn json(&self) -> ApiResult<Value> {
+        serde_json::from_slice(&self.body)
+            .map_err(|e| ApiError::server(format!("the request body is not JSON: {e}")))
+    }
+
+    /// A query parameter.
+    pub fn query(&self, name: &str) -> Option<&str> {
+        let found = self.query.iter().find(|(key, _)| key == name);
+        found.map(|(_, value)| value.as_str())
+    }
+}
+
+/// A handler.
+pub type Handler = fn(Arc<App>, Call) -> BoxFuture<'static, ApiResult<Response>>;
+
+/// What the body of a request is, for /openapi.json.
+#[derive(Clone, Copy, PartialEq)]
+pub enum BodyKind {
+    /// None.
+    Nothing,
+    /// A JSON value.
+    Json,
+    /// JSON with the generation fields and these of its own.
+    Generation(&'static [&'static str]),
+}
+
+/// A route.
+pub struct Route {
+    /// GET or POST.
+    pub method: &'static str,
+    /// Paths; all but the first are other names for it.
+    pub paths: &'static [&'static str],
+    /// One line about it.
+    pub about: &'static str,
+    /// Its body.
+    pub body: BodyKind,
+    /// Whether it needs no API key.
+    pub open: bool,
+    /// What it does.
+    pub handler: Handler,
+}
+
+use BodyKind::{Generation, Json, Nothing};
+
+macro_rules! routes {
+    ($($method:literal [$($path:literal),+] $body:expr, $open:literal, $handler:path, $about:literal;)*) => {
+        &[$(Route {
+            method: $method,
+            paths: &[$($path),+],
+            about: $about,
+            body: $body,
+            open: $open,
+            handler: |app, call| Box::pin($handler(app, call)),
+        }),*]
+    };
+}
+
+/// Every route.
+pub const ROUTES: &[Route] = routes! {
+    "GET" ["/health", "/v1/health"] Nothing, true, health, "Whether the model is loaded";
+    "GET" ["/v1/models", "/models"] Nothing, false, openai::models, "The model";
+    "GET" ["/props"] Nothing, false, native::props, "Properties of server, model and memory";
+    "POST" ["/props"] Json, false, native::set_props, "Changes nothing; needs --props";
+    "POST" ["/completion", "/completions"] Generation(&["prompt"]), false, native::completion, "Continue a prompt";
+    "POST" ["/infill"] Generation(&["input_prefix", "input_suffix", "input_extra", "prompt"]), false, native::infill, "Fill a gap in code";
+    "POST" ["/tokenize"] Json, false, native::tokenize, "Text to token ids";
+    "POST" ["/detokenize"] Json, false, native::detokenize, "Token ids to text";
+    "POST" ["/apply-template"] Json, false, native::apply_template, "Messages to the prompt they become";
+    "POST" ["/v1/completions"] Generation(&["prompt", "model"]), false, openai::completions, "OpenAI text completion";
+    "POST" ["/v1/chat/completions", "/chat/completions"] Generation(&["messages", "model", "tools", "tool_choice", "response_format", "stream_options", "top_logprobs", "chat_template_kwargs", "reasoning_effort", "reasoning_format"]), false, openai::chat_completions, "OpenAI chat completion";
+    "POST" ["/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"] Json, false, openai::chat_tokens, "Tokens of a chat request's prompt";
+    "POST" ["/v1/responses", "/responses"] Generation(&["input", "model", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning"]), false, responses::responses, "OpenAI Responses";
+    "POST" ["/v1/responses/input_tokens", "/responses/input_tokens"] Json, false, responses::tokens, "Tokens of a Responses request's prompt";
+    "POST" ["/v1/messages"] Generation(&["messages", "model", "system", "stop_sequences", "tools", "tool_choice", "thinking"]), false, anthropic::messages, "Anthropic Messages";
+    "POST" ["/v1/messages/count_tokens"] Json, false, anthropic::count_tokens, "Tokens of a Messages request's prompt";
+    "POST" ["/v1/embeddings", "/embeddings", "/embedding"] Json, false, native::embeddings, "Embeddings; not available, answers 501";
+    "POST" ["/v1/rerank", "/rerank", "/v1/reranking", "/reranking"] Json, false, native::rerank, "Reranking; not available, answers 501";
+    "GET" ["/slots"] Nothing, false, slots::list, "What every slot does";
+    "GET" ["/slots/{id}/memory"] Nothing, false, slots::memory, "A slot's memory: numbers, and nodes with their spans; ?text adds the text";
+    "POST" ["/slots/{id}"] Json, false, slots::act, "?action=save, restore or erase; needs --slot-save-path";
+    "GET" ["/metrics"] Nothing, false, metrics::metrics, "Running totals for Prometheus; needs --metrics";
+    "GET" ["/lora-adapters"] Nothing, false, native::lora, "Adapters: none";
+    "POST" ["/lora-adapters"] Json, false, native::set_lora, "Accepts the empty list";
+    "GET" ["/openapi.json"] Nothing, false, openapi::description, "This description";
+    "GET" ["/", "/index.html"] Nothing, true, ui::page, "A page to chat and to look at the memory";
+    "GET" ["/bundle.js"] Nothing, true, ui::script, "The page's program";
+    "GET" ["/bundle.css"] Nothing, true, ui::style, "The page's style";
+};
+
+/// GET /health
+async fn health(_: Arc<App>, _: Call) -> ApiResult<Response> {
+    Ok(json_reply(&json!({"status": "ok"})))
+}

@@ -1,0 +1,56 @@
+//! The page at `/`: three files inside the program.
+
+use super::app::App;
+use super::errors::{ApiError, ApiResult};
+use super::routes::Call;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use std::sync::Arc;
+
+/// Nothing from elsewhere may run or be fetched.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+fn file(app: &App, text: &'static str, kind: &'static str) -> ApiResult<Response> {
+    if !app.args.ui {
+        return Err(ApiError::not_found());
+    }
+    let mut response = text.into_response();
+    for (name, value) in [
+        (header::CONTENT_TYPE, kind),
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-cache"),
+    ] {
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static(value));
+    }
+    Ok(response)
+}
+
+/// GET /
+pub async fn page(app: Arc<App>, _: Call) -> ApiResult<Response> {
+    file(
+        &app,
+        include_str!("ui/index.html"),
+        "text/html; charset=utf-8",
+    )
+}
+
+/// GET /bundle.js
+pub async fn script(app: Arc<App>, _: Call) -> ApiResult<Response> {
+    file(
+        &app,
+        include_str!("ui/bundle.js"),
+        "text/javascript; charset=utf-8",
+    )
+}
+
+/// GET /bundle.css
+pub async fn style(app: Arc<App>, _: Call) -> ApiResult<Response> {
+    file(
+        &app,
+        include_str!("ui/bundle.css"),
+        "text/css; charset=utf-8",
+    )
+}

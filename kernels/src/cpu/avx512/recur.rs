@@ -1,0 +1,314 @@
+//! `recur` with 16 lanes of value dimensions: the recurrent form in one pass over the state from
+//! memory, and the matrix product of the chunked form.
+
+use crate::mul_mat::buffer::Buffer;
+use crate::recur::chunk::{self, Product};
+use crate::recur::{Inputs, Rule, further_scales, inverse_norm};
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+
+/// Vectors side by side in a strip of the state: with 128 key dimensions a strip is 32 KiB, which
+/// the L1 cache holds over all tokens of a call.
+const STRIP: usize = 4;
+
+/// The recurrent form of one head. Each strip of the state goes through all tokens before the
+/// next: it comes from memory once a call. `S^T k` is summed in two parts, over even and odd key
+/// dimensions, so that sums are the same for any number of tokens.
+///
+/// # Safety
+/// `state` must be a head's, `out` its first row; rows are `n_head * head_dim_v` apart.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
+    let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
+    let head_k = head / (x.n_head / x.n_head_k);
+    let (further_k, further_q) = further_scales(x);
+    let mut work = WORK.take().unwrap_or_else(|| Box::new(Work::new()));
+    work.scales.clear();
+    for t in 0..x.n_tokens {
+        let k = &x.k[(t * x.n_head_k + head_k) * dim_k..][..dim_k];
+        let q = &x.q[(t * x.n_head + head) * dim_k..][..dim_k];
+        work.scales.push((
+            inverse_norm(x.rule, k) * further_k,
+            inverse_norm(x.rule, q) * further_q,
+        ));
+    }
+    // Over many tokens a strip is worked on in one piece: with its rows a power of two apart it
+    // would use half of the L1 cache's sets and be thrown out of the other half.
+    let compact = x.n_tokens >= COMPACT_FROM && dim_v > 16 * STRIP;
+    for first in (0..dim_v).step_by(16 * STRIP) {
+        let n = (dim_v - first).min(16 * STRIP);
+        if compact {
+            work.strip.reserve(dim_k * 16 * STRIP * 4);
+            let strip = work.strip.as_mut_ptr().cast::<f32>();
+            for i in 0..dim_k {
+                // SAFETY: `n` numbers of row `i`; the strip has `dim_k` rows of `16 STRIP`.
+                unsafe {
+                    let row = state[i * dim_v + first..][..n].as_ptr();
+                    strip.add(i * 16 * STRIP).copy_from_nonoverlapping(row, n);
+                }
+            }
+            // SAFETY: columns `first..` of the copy and of `out`.
+            unsafe {
+                let part = Part {
+                    first,
+                    state: strip,
+                    ld: 16 * STRIP,
+                    out: out.add(first),
+                };
+                columns(x, head, &part, &work.scales);
+            }
+            for i in 0..dim_k {
+                // SAFETY: as above.
+                unsafe {
+                    let row = state[i * dim_v + first..][..n].as_mut_ptr();
+                    row.copy_from_nonoverlapping(strip.add(i * 16 * STRIP), n);
+                }
+            }
+        } else {
+            // SAFETY: columns `first..` of the state and of `out`.
+            unsafe {
+                let state = state.as_mut_ptr().add(first);
+                let part = Part {
+                    first,
+                    state,
+                    ld: dim_v,
+                    out: out.add(first),
+                };
+                columns(x, head, &part, &work.scales);
+            }
+        }
+    }
+    WORK.set(Some(work));
+}
+
+/// Tokens from which on copying a strip of the state pays.
+const COMPACT_FROM: usize = 4;
+
+/// Memory of a thread.
+struct Work {
+    /// What each token's key and query are multiplied by.
+    scales: Vec<(f32, f32)>,
+    strip: Buffer,
+}
+
+thread_local! {
+    static WORK: RefCell<Option<Box<Work>>> = const { RefCell::new(None) };
+}
+
+impl Work {
+    fn new() -> Work {
+        Work {
+            scales: Vec::new(),
+            strip: Buffer::zeroed(0),
+        }
+    }
+}
+
+/// Columns of a head's state, from `first` on: rows are `ld` apart.
+struct Part {
+    first: usize,
+    state: *mut f32,
+    ld: usize,
+    /// The same columns of the first token's output.
+    out: *mut f32,
+}
+
+/// One strip through all tokens.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn columns(x: &Inputs<'_>, head: usize, part: &Part, scales: &[(f32, f32)]) {
+    // SAFETY: passed on.
+    unsafe {
+        match x.head_dim_v - part.first {
+            1..16 => strip::<1, true>(x, head, part, scales),
+            16 => strip::<1, false>(x, head, part, scales),
+            17..32 => strip::<2, true>(x, head, part, scales),
+            32 => strip::<2, false>(x, head, part, scales),
+            33..48 => strip::<3, true>(x, head, part, scales),
+            48 => strip::<3, false>(x, head, part, scales),
+            49..64 => strip::<4, true>(x, head, part, scales),
+            _ => strip::<4, false>(x, head, part, scales),
+        }
+    }
+}
+
+/// Columns `first..first + 16 N` of the state; with `CUT` the last vector is partly beyond it.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn strip<const N: usize, const CUT: bool>(
+    x: &Inputs<'_>,
+    head: usize,
+    part: &Part,
+    scales: &[(f32, f32)],
+) {
+    let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
+    let &Part {
+        first,
+        state,
+        ld,
+        out,
+    } = part;
+    let head_k = head / (x.n_head / x.n_head_k);
+    let last = if CUT {
+        (1u16 << ((dim_v - first) % 16)) - 1
+    } else {
+        u16::MAX
+    };
+    let mask = |j: usize| if CUT && j == N - 1 { last } else { u16::MAX };
+    let zero = _mm512_setzero_ps();
+    let mut resets = x.resets;
+    for (t, &(scale_k, scale_q)) in scales.iter().enumerate() {
+        let fresh = resets.first() == Some(&t);
+        if fresh {
+            resets = &resets[1..];
+        }
+        let q = x.q[(t * x.n_head + head) * dim_k..][..dim_k].as_ptr();
+        let k = x.k[(t * x.n_head_k + head_k) * dim_k..][..dim_k].as_ptr();
+        let v = x.v[(t * x.n_head_k + head_k) * dim_v..][first..dim_v].as_ptr();
+        let beta = x.beta[t * x.n_head + head];
+        let decay = if fresh {
+            0.0
+        } else if x.rule == Rule::Delta {
+            1.0
+        } else {
+            chunk::exp(x.g[t * x.n_head + head])
+        };
+        // SAFETY: `dim_k` rows of `dim_v` numbers of state, of which `16 N` from `first` on, the
+        // last vector masked where it passes the end; likewise one row of `v` and `out`.
+        unsafe {
+            if fresh {
+                // Zeros, not a factor of zero: the old state may hold anything.
+                for i in 0..dim_k {
+                    for j in 0..N {
+                        _mm512_mask_storeu_ps(state.add(i * ld + j * 16), mask(j), zero);
+                    }
+                }
+            }
+            let mut write = [zero; N];
+            if x.rule == Rule::Ssd {
+                for j in 0..N {
+                    let v = _mm512_maskz_loadu_ps(mask(j), v.add(j * 16));
+                    write[j] = _mm512_mul_ps(v, _mm512_set1_ps(beta * scale_k));
+                }
+            } else {
+                let mut held = [[zero; N]; 2];
+                for i in 0..dim_k {
+                    let row = state.add(i * ld);
+                    if t == 0 {
+                        prefetch(row.wrapping_add(8 * ld));
+                    }
+                    let k = _mm512_set1_ps(*k.add(i));
+                    for j in 0..N {
+                        let s = _mm512_maskz_loadu_ps(mask(j), row.add(j * 16));
+                        held[i % 2][j] = _mm512_fmadd_ps(k, s, held[i % 2][j]);
+                    }
+                }
+                for j in 0..N {
+                    let held = _mm512_add_ps(held[0][j], held[1][j]);
+                    let held = _mm512_mul_ps(held, _mm512_set1_ps(decay * scale_k));
+                    let v = _mm512_maskz_loadu_ps(mask(j), v.add(j * 16));
+                    let error = _mm512_sub_ps(v, held);
+                    write[j] = _mm512_mul_ps(error, _mm512_set1_ps(beta * scale_k));
+                }
+            }
+            let decay = _mm512_set1_ps(decay);
+            let mut sum = [zero; N];
+            for i in 0..dim_k {
+                let row = state.add(i * ld);
+                let (k, q) = (_mm512_set1_ps(*k.add(i)), _mm512_set1_ps(*q.add(i)));
+                for j in 0..N {
+                    let at = row.add(j * 16);
+                    let s = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(j), at), decay);
+                    let s = _mm512_fmadd_ps(k, write[j], s);
+                    _mm512_mask_storeu_ps(at, mask(j), s);
+                    sum[j] = _mm512_fmadd_ps(q, s, sum[j]);
+                }
+            }
+            let row = out.add(t * x.n_head * dim_v);
+            for j in 0..N {
+                let o = _mm512_mul_ps(sum[j], _mm512_set1_ps(scale_q));
+                _mm512_mask_storeu_ps(row.add(j * 16), mask(j), o);
+            }
+        }
+    }
+}
+
+/// Asks for the strip's part of a later row, which may lie anywhere.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(row: *const f32) {
+    for line in 0..STRIP {
+        _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(16 * line).cast());
+    }
+}
+
+/// The chunked form of one head; see [`chunk::chunked`].
+///
+/// # Safety
+/// As [`recurrent`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
+    // SAFETY: passed on; the buffers have the shapes that `Product` states.
+    unsafe {
+        chunk::chunked(x, head, state, out, |shape, a, b, c, _| {
+            product(shape, a, b, c);
+        });
+    }
+}
+
+/// See [`Product`]: 8 rows by 32 columns at a time in registers.
+///
+/// # Safety
+/// `a`, `b` and `c` must have the shapes it states.
+#[target_feature(enable = "avx512f")]
+unsafe fn product(shape: &Product, a: *const f32, b: *const f32, c: *mut f32) {
+    for col in (0..shape.n).step_by(32) {
+        for row in (0..shape.m).step_by(8) {
+            // SAFETY: blocks within the matrices; the last may be 16 columns wide.
+            unsafe {
+                let (a, b) = (a.add(row * shape.lda), b.add(col));
+                let c = c.add(row * shape.ldc + col);
+                if shape.n - col >= 32 {
+                    product_block::<2>(shape, a, b, c);
+                } else {
+                    product_block::<1>(shape, a, b, c);
+                }
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn product_block<const N: usize>(
+    shape: &Product,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+) {
+    let mut sum = [[_mm512_setzero_ps(); N]; 8];
+    // SAFETY: 8 rows of `a` and `c`, `k` rows of `b`.
+    unsafe {
+        if shape.add {
+            for r in 0..8 {
+                for j in 0..N {
+                    sum[r][j] = _mm512_loadu_ps(c.add(r * shape.ldc + j * 16));
+                }
+            }
+        }
+        for i in 0..shape.k {
+            let mut v = [_mm512_setzero_ps(); N];
+            for j in 0..N {
+                v[j] = _mm512_loadu_ps(b.add(i * shape.ldb + j * 16));
+            }
+            for r in 0..8 {
+                let a = _mm512_set1_ps(*a.add(r * shape.lda + i));
+                for j in 0..N {
+                    sum[r][j] = _mm512_fmadd_ps(a, v[j], sum[r][j]);
+                }
+            }
+        }
+        for r in 0..8 {
+            for j in 0..N {
+                _mm512_storeu_ps(c.add(r * shape.ldc + j * 16), sum[r][j]);
+            }
+        }
+    }
+}

@@ -1,0 +1,191 @@
+"""Determinism of the generator, resuming, and the reader."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train as trainer
+from data import CHINESE, ENGLISH, TASKS, Encoder, record
+from evaluate import Reader, wilson
+from model import Mneme
+
+HERE = Path(__file__).resolve().parents[1]
+FIXTURES = HERE.parent / "fixtures"
+
+TINY = """
+[model]
+model_type = "qwen2"
+vocab_size = 2048
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 1
+rms_norm_eps = 1e-6
+rope_theta = 10000.0
+tie_word_embeddings = true
+[memory]
+kind = "nodes"
+position = "compact"
+"node.slots" = 2
+"decider.type" = "linear"
+"decider.threshold" = 0.5
+"decider.min_segment" = 2
+"decider.max_segment" = 24
+"compressor.block_count" = 1
+"compressor.embedding_length" = 32
+"compressor.head_count" = 2
+"compressor.feed_forward_length" = 32
+[train]
+seed = 5
+tokenizer = "TOKENIZER"
+out = "OUT"
+longest = 24
+amp = false
+steps = 6
+batch = 3
+lr = 1e-3
+gap_scale = 8
+save_every = 3
+[joint]
+copies = 2
+lambda = 0.02
+entropy = 0.01
+[[levels]]
+tasks = { repeat = 0.5, update = 0.5 }
+facts = [2, 4]
+filler = [1, 3]
+questions = 2
+"""
+
+
+def settings(folder):
+    path = folder / "run.toml"
+    path.write_text(TINY.replace("TOKENIZER", str(HERE / "tokenizer")).replace("OUT", str(folder / "out")))
+    return path
+
+
+@pytest.mark.parametrize("stage", ("compressor", "joint"))
+def test_resume_gives_the_same_loss(tmp_path, stage):
+    whole = trainer.train(stage, settings(tmp_path / "a" if (tmp_path / "a").mkdir() is None else tmp_path), stop=6)
+    (tmp_path / "b").mkdir()
+    toml = settings(tmp_path / "b")
+    trainer.train(stage, toml, stop=3)
+    resumed = trainer.train(stage, toml, stop=6)
+    assert whole[-1]["step"] == resumed[-1]["step"] == 6
+    assert whole[-1]["last_loss"] == pytest.approx(resumed[-1]["last_loss"], abs=1e-6)
+
+
+def test_export_loads_again(tmp_path):
+    trainer.train("compressor", settings(tmp_path), stop=3)
+    folder = tmp_path / "out" / "compressor"
+    net = Mneme.load(folder / "export")
+    saved = torch.load(folder / "last.pt", weights_only=False)["model"]
+    for name, t in net.state_dict().items():
+        assert torch.allclose(t, saved[name], atol=1e-6), name
+    assert Encoder(folder / "export" / "tokenizer.json").end == net.cfg["eos_token_id"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_generator_is_a_function_of_its_seed(task):
+    a, b = (record(random.Random(7), task, 6, 4, 3, repeat=0.5) for _ in range(2))
+    assert a.text() == b.text() and a.questions == b.questions
+    assert a.text() != record(random.Random(8), task, 6, 4, 3, repeat=0.5).text()
+    text = a.text()
+    for end in a.ends("fact") + a.ends("filler"):
+        assert text[end - 1] in ".。"
+
+
+def test_generator_command_repeats_itself():
+    command = [sys.executable, str(HERE / "data.py"), "generate", "--task", "update", "--n", "3", "--seed", "4"]
+    first, second = (subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(2))
+    assert first == second
+    assert set(json.loads(first.splitlines()[0])) >= {"text", "question", "answer", "facts", "ends"}
+
+
+@pytest.mark.parametrize("relations", (ENGLISH, CHINESE))
+def test_sentences_encode_as_the_whole_text_does(relations):
+    encoder = Encoder(HERE / "tokenizer" / "tokenizer.json")
+    for seed in range(20):
+        r = record(random.Random(seed), "update", 5, 5, 2, relations, 0.5)
+        ids, weights, marks = encoder.encode(r)
+        text = r.text() + "".join(f"<|user|>{q}<|assistant|>{'' if r.chinese else ' '}{a}<|end|>" for q, a in r.questions)
+        assert encoder.tokenizer.decode(ids, skip_special_tokens=False) == text
+        if not r.chinese:
+            assert encoder.tokenizer.encode(text, add_special_tokens=False).ids == ids
+        assert len(ids) == len(weights) == len(marks)
+
+
+@pytest.mark.parametrize("name", ("nodes-linear", "nodes-skip-compact", "nodes-qwen3"))
+def test_reader_equals_the_batched_model(name):
+    net = Mneme.load(FIXTURES / name)
+    ids = torch.randint(0, 500, (1, 60), generator=torch.Generator().manual_seed(1))
+    cut = torch.zeros(1, 60, dtype=torch.bool)
+    cut[0, [9, 17, 40]] = True
+    with torch.no_grad():
+        want = net(ids, cut)[0]
+        x = net.model.embed_tokens(ids)
+        h = net.mem.trunk(x)
+        r = net.mem.active(h, cut.long().cumsum(1) - cut.long())[0]
+        reader, rows, a = Reader(net), [], 0
+        for t in (9, 17, 40, 59):
+            rows.append(reader.segment(x[0, a:t + 1], net.mem.embed(r[t:t + 1])[0] if cut[0, t] else x[0, :0]))
+            a = t + 1
+        got = F.linear(net.model.norm(torch.cat(rows)), net.model.embed_tokens.weight)
+    assert (got - want).abs().max() < 1e-4
+
+
+def test_wilson_interval_covers():
+    low, high = wilson(50, 100)
+    assert low < 0.5 < high and 0.4 < low and high < 0.6
+
+
+def test_gist_arm_trains_and_exports_its_tokens(tmp_path):
+    toml = settings(tmp_path)
+    text = toml.read_text()
+    head, tail = text.split("[memory]")
+    tail = tail[tail.index("[train]"):]
+    memory = '[memory]\nkind = "gist"\nposition = "keep"\n"node.slots" = 2\ngist_token_ids = [2048, 2049]\n'
+    toml.write_text(head.replace("vocab_size = 2048", "vocab_size = 2050") + memory + tail)
+    trainer.train("compressor", toml, stop=3)
+    encoder = Encoder(tmp_path / "out" / "compressor" / "export" / "tokenizer.json")
+    assert encoder.tokenizer.token_to_id("<|gist_1|>") == 2049
+    batch = trainer.Batches({"seed": 1, "longest": 24}, encoder, [2048, 2049]).draw(
+        0, 0, {"tasks": {"single": 1.0}, "facts": [3, 3], "filler": [2, 2]}, 1, "compressor")
+    assert (batch[0] == 2049).sum() == 5 and not batch[3].any()
+
+
+def test_pretrained_base_is_loaded_and_frozen(tmp_path):
+    toml = settings(tmp_path)
+    trainer.train("compressor", toml, stop=3)
+    base = tmp_path / "out" / "compressor" / "export"
+    run = toml.read_text().replace(str(tmp_path / "out"), str(tmp_path / "second"))
+    toml.write_text(run.replace("seed = 5", f'seed = 6\nbase = "{base}"\nfreeze = ["model.*"]\ndistill = 0.5'))
+    trainer.train("compressor", toml, stop=3)
+    before, after = Mneme.load(base), Mneme.load(tmp_path / "second" / "compressor" / "export")
+    changed = {n for (n, a), (_, b) in zip(before.named_parameters(), after.named_parameters()) if not torch.allclose(a, b)}
+    assert changed and all(n.startswith("mem.") for n in changed)
+
+
+def test_ahn_arm_learns_nothing_but_its_memory(tmp_path):
+    toml = settings(tmp_path)
+    head, tail = toml.read_text().split("[memory]")
+    tail = tail[tail.index("[train]"):]
+    toml.write_text(head + '[memory]\nkind = "full"\n' + tail)
+    trainer.train("compressor", toml, stop=3)
+    base = tmp_path / "out" / "compressor" / "export"
+    head += 'sliding_window = 12\nnum_attn_sinks = 2\n_ahn_implementation = "GatedDeltaNet"\n'
+    tail = tail.replace("[train]", f'[train]\nbase = "{base}"\nonly = ["*.ahn.*"]\ndistill = 1.0', 1)
+    toml.write_text(head + '[memory]\nkind = "ahn"\n' + tail.replace(str(tmp_path / "out") + '"', str(tmp_path / "second") + '"'))
+    trainer.train("compressor", toml, stop=3)
+    before, after = Mneme.load(base), Mneme.load(tmp_path / "second" / "compressor" / "export")
+    old = dict(before.named_parameters())
+    for name, p in after.named_parameters():
+        assert name not in old or torch.equal(p, old[name]), name
+    assert any(p.abs().sum() > 0 for n, p in after.named_parameters() if n.endswith("ahn.fn.o_proj.weight"))

@@ -1,0 +1,380 @@
+"""Train a memory: one TOML per experiment, three stages, resumable.
+
+    python train/train.py compressor train/runs/default.toml       stage 1: rule cuts, mixed per text
+    python train/train.py decider    train/runs/default.toml       stage 2: cuts by reinforcement, the rest frozen
+    python train/train.py joint      train/runs/default.toml       stage 3: the same with everything learning
+    torchrun --nproc-per-node 8 train/train.py joint ...           several GPUs
+
+Each stage writes OUT/<stage>/{last.pt,curve.jsonl,curve.svg,export/}; it goes on from last.pt if that exists and starts
+from the stage named by `init` otherwise. Every batch is a function of (seed, step, rank), so a resumed run repeats the
+losses of an uninterrupted one.
+"""
+
+import argparse
+import fnmatch
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import CHINESE, DISJOINT, ENGLISH, Encoder, record
+from model import Mneme
+
+FAMILIES = {"disjoint": DISJOINT, "english": ENGLISH, "chinese": CHINESE}
+
+
+def draw_record(rng, level):
+    """A record of a curriculum level: a table of task weights and ranges."""
+    tasks = level["tasks"]
+    task = rng.choices(list(tasks), list(tasks.values()))[0]
+    family = level.get("relations", "english")
+    if rng.random() < level.get("chinese", 0.0) and task in ("single", "repeat", "update", "multi_query"):
+        family = "chinese"
+    relations = FAMILIES[family]
+    if rng.random() < level.get("one_relation", 0.0):  # many facts of a kind: only the key tells them apart
+        relations = (rng.choice(relations),)
+    facts, extra = (rng.randint(*level[k]) for k in ("facts", "filler"))
+    return record(rng, "single" if task == "repeat" else task, facts, extra, level.get("questions", 4), relations,
+                  level.get("repeat", 1.0) if task != "single" else 0.0, level.get("terse", 0.0))
+
+
+def rule_cuts(rng, marks, end_ids, mode, longest):
+    """Cuts of one text under a rule: `sentence`, `thinned` to 60 %, `facts` (ends of facts only), `random`, `stride`;
+    never a segment above `longest`. After an answer a cut falls half of the time."""
+    cut, length = [], 0
+    stride = rng.randint(6, 24)
+    turns = rng.random() < 0.5
+    for mark, is_end in zip(marks, end_ids):
+        length += 1
+        if is_end:
+            now = turns
+        elif mode == "sentence":
+            now = mark in (1, 2)
+        elif mode == "thinned":
+            now = mark in (1, 2) and rng.random() < 0.6
+        elif mode == "facts":
+            now = mark == 1
+        elif mode == "random":
+            now = rng.random() < 0.125
+        else:
+            now = length >= stride
+        now = now or length >= longest
+        cut.append(now)
+        length = 0 if now else length
+    return cut
+
+
+class Batches:
+    """Batches of a curriculum level as tensors."""
+
+    def __init__(self, run, encoder, gist=()):
+        self.run, self.encoder, self.gist = run, encoder, list(gist)
+        self.modes = run.get("rules", {"sentence": 0.4, "thinned": 0.25, "facts": 0.15, "random": 0.2})
+
+    def draw(self, step, rank, level, n, stage, copies=1):
+        """n texts (each `copies` times) as (ids, weights, marks, cut, gaps), all [B, T] but gaps [B, segments]."""
+        run = self.run
+        rng = random.Random(f"{run['seed']}:{stage}:{step}:{rank}")
+        rules = level.get("rules", self.modes)
+        share = level.get("gap_share", run.get("gap_share", 0.75))
+        rows, cuts = [], []
+        for _ in range(n):
+            ids, weights, marks = self.encoder.encode(draw_record(rng, level), run.get("weight_other", 0.03))
+            mode = rng.choices(list(rules), list(rules.values()))[0]
+            cut = rule_cuts(rng, marks, [i == self.encoder.end for i in ids], mode, run["longest"])
+            if self.gist:
+                out = [[], [], []]
+                for i, w, m in zip(ids, weights, marks):
+                    extra = self.gist if m in (1, 2) else []
+                    out[0] += [i, *extra]
+                    out[1] += [w] + [0.0] * len(extra)
+                    out[2] += [m] + [0] * len(extra)
+                ids, weights, marks = out
+                cut = [False] * len(ids)
+            rows += [(ids, weights, marks)] * copies
+            cuts += [cut] * copies
+        T = max(len(r[0]) for r in rows)
+        pad = lambda xs, fill: torch.tensor([list(x) + [fill] * (T - len(x)) for x in xs])
+        ids, weights, marks = (pad([r[i] for r in rows], f) for i, f in ((0, self.encoder.pad), (1, 0.0), (2, 0)))
+        cut = pad(cuts, False)
+        gaps = torch.zeros(len(rows), int(cut.sum(1).max()) + 1 if copies == 1 else T + 1, dtype=torch.long)
+        top = run.get("gap_scale", 0)
+        if top:
+            for b in range(0, len(rows), copies):
+                if rng.random() < share:
+                    scale = math.exp(rng.uniform(0, math.log(top)))
+                    for s in range(gaps.shape[1]):
+                        gaps[b:b + copies, s] = int(rng.uniform(0, scale))
+        return ids, weights, marks, cut, gaps
+
+
+def sample_cuts(logit, m, generator):
+    """Cuts drawn from p under min_segment and max_segment, and where the draw was free: both [B, T]."""
+    p = torch.sigmoid(logit.detach())
+    want = torch.rand(p.shape, generator=generator).to(p.device) < p
+    cut, free = torch.zeros_like(want), torch.zeros_like(want)
+    length = torch.zeros(len(p), dtype=torch.long, device=p.device)
+    for t in range(p.shape[1]):
+        length = length + 1
+        forced, allowed = length >= m["decider.max_segment"], length >= m["decider.min_segment"]
+        free[:, t] = allowed & ~forced
+        cut[:, t] = forced | (want[:, t] & allowed)
+        length = torch.where(cut[:, t], 0, length)
+    return cut, free
+
+
+class Step(nn.Module):
+    """Loss of one batch for a stage; a module so that DDP can wrap it."""
+
+    def __init__(self, model, run, stage):
+        super().__init__()
+        self.net, self.run, self.stage = model, run, stage
+
+    def forward(self, batch, generator, copies):
+        ids, weights, marks, cut, gaps = batch
+        run, net = self.run, self.net
+        stats, h, policy = {}, None, None
+        amp = torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=run.get("amp", True))
+        with amp:
+            if self.stage != "compressor":
+                h = net.mem.trunk(net.model.embed_tokens(ids))
+                logit = net.mem.decide(h if self.stage == "joint" else h.detach())
+                cut, free = sample_cuts(logit, net.m, generator)
+                real = (ids != self.run["pad"])
+                cut, free = cut & real, free & real
+                policy = logit, free
+            # The answers all count; of the rest a share, at a weight that keeps its sum.
+            share = run.get("share_other", 0.25)
+            keep = (weights >= 0.5) | ((weights > 0) & (torch.rand(weights.shape, generator=generator).to(ids.device) < share))
+            keep[:, 0] = False
+            b, t = keep.nonzero(as_tuple=True)
+            logits = net(ids, cut if net.m["kind"] == "nodes" else None, gaps, (b, t - 1), h)
+        nll = F.cross_entropy(logits, ids[b, t], reduction="none")
+        w = torch.where(weights[b, t] >= 0.5, weights[b, t], weights[b, t] / share)
+        loss = (nll * w).sum() / weights.ge(0.5).sum().clamp(min=1)
+        if run.get("distill", 0.0):  # towards the same model reading everything
+            with torch.no_grad(), amp:
+                teacher = net(ids, None, None, (b, t - 1), full=True)
+            loss = loss + run["distill"] * F.kl_div(F.log_softmax(logits, -1), F.log_softmax(teacher, -1), log_target=True,
+                                                    reduction="none").sum(-1).mean()
+        hit = logits.detach().argmax(-1) == ids[b, t]
+        first = marks[b, t] == 3
+        stats["loss"] = loss.item()
+        stats["answer"] = hit[first].float().mean().item()
+        stats["nodes"] = cut.float().sum(1).mean().item()
+        if policy is not None:
+            logit, free = policy
+            good = weights[b, t] >= 0.5
+            n = torch.zeros(len(ids), device=ids.device).index_add(0, b, good.float())
+            reward = -torch.zeros(len(ids), device=ids.device).index_add(0, b, (nll.detach() * good).clamp(max=8.0)) / n.clamp(min=1)
+            reward = reward - run["lambda"] * cut.float().sum(1)
+            groups = reward.view(-1, copies)
+            base = (groups.sum(1, keepdim=True) - groups) / (copies - 1)
+            advantage = (groups - base).flatten()
+            advantage = advantage / advantage.std().clamp(min=1e-4)
+            log_p = torch.where(cut, F.logsigmoid(logit), F.logsigmoid(-logit)) * free
+            entropy = (F.softplus(logit) - logit * torch.sigmoid(logit)) * free
+            length = ids.shape[1]
+            loss = loss - (advantage * log_p.sum(1)).mean() * 8.0 / length - run["entropy"] * entropy.sum(1).mean() / length
+            p = torch.sigmoid(logit.detach())
+            for name, mark in (("p_fact", 1), ("p_filler", 2)):
+                stats[name] = p[marks == mark].mean().item()
+            stats["p_middle"] = p[(marks == 0) & free].mean().item()
+            stats["reward"] = reward.mean().item()
+        return loss, stats
+
+
+def parameter_groups(model, run, stage):
+    """AdamW groups: matrices decay, vectors do not; learning rate by pattern; frozen patterns left out."""
+    frozen = list(run.get("freeze", []))
+    groups = {}
+    for name, p in model.named_parameters():
+        free = not any(fnmatch.fnmatch(name, pattern) for pattern in frozen)
+        if "only" in run:
+            free = free and any(fnmatch.fnmatch(name, pattern) for pattern in run["only"])
+        if stage == "decider":
+            free = free and name.startswith("mem.decider")
+        p.requires_grad_(free)
+        if not free:
+            continue
+        scale = next((s for pattern, s in run.get("lr_scale", {}).items() if fnmatch.fnmatch(name, pattern)), 1.0)
+        decay = run.get("weight_decay", 0.01) if p.dim() > 1 and "embed" not in name else 0.0
+        groups.setdefault((scale, decay), []).append(p)
+    return [{"params": ps, "scale": s, "weight_decay": d} for (s, d), ps in groups.items()]
+
+
+def learning_rate(run, step):
+    """Linear warm-up, then a cosine to a tenth."""
+    warm = run.get("warmup", 30)
+    if step < warm:
+        return run["lr"] * (step + 1) / warm
+    part = min(1.0, (step - warm) / max(1, run["steps"] - warm))
+    return run["lr"] * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def plot(rows, path):
+    """The curve as an SVG: accuracy of answers, nodes per text and p by place against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [n for n in ("answer", "loss", "nodes", "p_fact") if n in rows[-1]]
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3))
+    for axis, name in zip(axes, names):
+        for key in ([name] if name != "p_fact" else ["p_fact", "p_filler", "p_middle"]):
+            axis.plot([r["step"] for r in rows], [r[key] for r in rows], label=key)
+        axis.set_xlabel("step")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def export(model, cfg, tokenizer, out, run):
+    """A checkpoint directory as the fixtures are: what `mneme convert` reads."""
+    from safetensors.torch import save_file
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(model.tensors(), out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(cfg, indent=2) + "\n")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (Path(tokenizer) / name).exists():
+            shutil.copyfile(Path(tokenizer) / name, out / name)
+    gist = cfg["memory"].get("gist_token_ids", [])
+    if gist:  # the tokenizer has to know them
+        data = json.loads((out / "tokenizer.json").read_text())
+        for j, token in enumerate(gist):
+            data["added_tokens"].append({**data["added_tokens"][-1], "id": token, "content": f"<|gist_{j}|>"})
+        (out / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("compressor", "decider", "joint"))
+    parser.add_argument("toml")
+    parser.add_argument("--steps", type=int, help="stop after this step of the stage, for tests")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the stage")
+    a = parser.parse_args()
+    train(a.stage, a.toml, a.steps, a.set)
+
+
+def train(stage, toml, stop=None, overrides=()):
+    """Run a stage; returns the rows of its curve."""
+    settings = tomllib.loads(Path(toml).read_text())
+    run = {**settings["train"], **settings.get(stage, {})}
+    for item in overrides:
+        key, _, value = item.partition("=")
+        run[key] = tomllib.loads(f"x = {value}")["x"]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if not cuda:
+        torch.set_num_threads(run.get("threads", 1))
+    here = Path(toml).resolve().parent
+    tokenizer = here / run["tokenizer"]
+    encoder = Encoder(tokenizer / "tokenizer.json", run.get("special_tokens"))
+    run["pad"] = encoder.pad
+    cfg = {**settings["model"], "memory": settings["memory"], "eos_token_id": encoder.end, "bos_token_id": None}
+    torch.manual_seed(run["seed"])
+    model = Mneme(cfg)
+    out = Path(run["out"]) / run.get("name", stage)
+    out.mkdir(parents=True, exist_ok=True)
+    groups = parameter_groups(model, run, stage)
+    optimizer = torch.optim.AdamW(groups, lr=run["lr"], betas=(0.9, 0.98))
+    state = {"step": 0, "level": 0, "seen": 0, "accuracy": 0.0}
+    last = out / "last.pt"
+    if last.exists():
+        saved = torch.load(last, map_location="cpu", weights_only=False)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+    elif run.get("init"):
+        saved = torch.load(Path(run["out"]) / run["init"] / "last.pt", map_location="cpu", weights_only=False)
+        model.load_state_dict(saved["model"])
+        if run.get("keep_level", False):
+            state["level"] = saved["state"]["level"]
+        if "decider_bias" in run:  # a decider that starts shy and undecided
+            with torch.no_grad():
+                model.mem.decider.bias.fill_(run["decider_bias"])
+                model.mem.decider.weight.mul_(run.get("decider_shrink", 0.3))
+    elif run.get("base"):  # a pretrained Hugging Face directory; mem.* stays as initialised
+        from safetensors.torch import load_file
+
+        missing = set(dict(model.named_parameters()))
+        for file in sorted(Path(run["base"]).glob("*.safetensors")):
+            found = {k: v.float() for k, v in load_file(file).items()}
+            missing -= set(found)
+            model.load_state_dict(found, strict=False)
+        missing = sorted(n for n in missing if not n.startswith("mem.") and ".ahn." not in n)
+        if missing:
+            raise ValueError(f"{run['base']}: tensors missing: {missing[:4]}")
+    model.to(device)
+    step_module = Step(model, run, stage)
+    if world > 1:
+        step_module = nn.parallel.DistributedDataParallel(step_module, find_unused_parameters=True)
+    batches = Batches(run, encoder, cfg["memory"].get("gist_token_ids", ()))
+    levels = run["levels"] if "levels" in run else settings["levels"]
+    copies = run.get("copies", 1)
+    rows, average, began = [], {}, time.time()
+    curve = out / "curve.jsonl"
+    if curve.exists():
+        rows = [r for r in map(json.loads, curve.read_text().splitlines()) if r["step"] <= state["step"]]
+    while state["step"] < min(run["steps"], stop or run["steps"]):
+        step = state["step"]
+        rate = learning_rate(run, step)
+        for g in optimizer.param_groups:
+            g["lr"] = rate * g["scale"]
+        generator = torch.Generator().manual_seed(hash((run["seed"], step, rank)) & 0x7FFFFFFF)
+        # Now and then an earlier level, so that nothing is forgotten.
+        pick = random.Random(f"{run['seed']}:level:{step}")
+        level = state["level"] if state["level"] == 0 or pick.random() < 0.85 else pick.randrange(state["level"])
+        for micro in range(run.get("accumulate", 1)):
+            batch = batches.draw(step * run.get("accumulate", 1) + micro, rank, levels[level], run["batch"], stage, copies)
+            loss, stats = step_module([z.to(device) for z in batch], generator, copies)
+            (loss / run.get("accumulate", 1)).backward()
+        norm = nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], run.get("clip", 1.0))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] += 1
+        state["seen"] += 1
+        if level == state["level"]:
+            state["accuracy"] = 0.93 * state["accuracy"] + 0.07 * stats["answer"]
+        if state["accuracy"] > levels[state["level"]].get("advance", 0.85) and state["seen"] > 30 and state["level"] + 1 < len(levels):
+            state.update(level=state["level"] + 1, seen=0, accuracy=0.0)
+        for k, v in stats.items():
+            if v == v:
+                average[k] = average.get(k, v) * 0.9 + v * 0.1
+        if rank == 0 and (state["step"] % 20 == 0 or state["step"] == stop):
+            row = {"step": state["step"], "level": state["level"], "minutes": round((time.time() - began) / 60, 2),
+                   "lr": rate, "norm": round(float(norm), 3), "last_loss": stats["loss"], **{k: round(v, 4) for k, v in average.items()}}
+            rows.append(row)
+            with curve.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+            print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+        if rank == 0 and (state["step"] % run.get("save_every", 100) == 0 or state["step"] in (run["steps"], stop)):
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, out / "part.pt")
+            os.replace(out / "part.pt", last)
+            export(model, cfg, tokenizer, out / "export", run)
+            if len(rows) > 1:
+                plot(rows, out / "curve.svg")
+    if world > 1:
+        dist.destroy_process_group()
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
