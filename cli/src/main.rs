@@ -7,6 +7,7 @@ mod args;
 mod bench;
 mod chat;
 mod convert;
+mod demo;
 mod eval;
 mod generate;
 #[cfg(feature = "hf")]
@@ -60,6 +61,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// A long document, what each memory remembers of it, and your own questions
+    Demo(demo::Args),
     /// What each memory remembers of a text, side by side
     Eval(eval::Args),
     /// Segments
@@ -82,6 +85,7 @@ impl Command {
             Command::Quantize(args) => quantize::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Demo(args) => demo::run(&args),
             Command::Eval(args) => eval::run(args),
             Command::Segments(args) => segments::run(&args),
             Command::Inspect(args) => inspect::run(&args),
