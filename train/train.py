@@ -85,10 +85,12 @@ class Batches:
         """n texts (each `copies` times) as (ids, weights, marks, cut, gaps), all [B, T] but gaps [B, segments]."""
         run = self.run
         rng = random.Random(f"{run['seed']}:{stage}:{step}:{rank}")
+        rules = level.get("rules", self.modes)
+        share = level.get("gap_share", run.get("gap_share", 0.75))
         rows, cuts = [], []
         for _ in range(n):
             ids, weights, marks = self.encoder.encode(draw_record(rng, level), run.get("weight_other", 0.03))
-            mode = rng.choices(list(self.modes), list(self.modes.values()))[0]
+            mode = rng.choices(list(rules), list(rules.values()))[0]
             cut = rule_cuts(rng, marks, [i == self.encoder.end for i in ids], mode, run["longest"])
             if self.gist:
                 out = [[], [], []]
@@ -109,7 +111,7 @@ class Batches:
         top = run.get("gap_scale", 0)
         if top:
             for b in range(0, len(rows), copies):
-                if rng.random() < run.get("gap_share", 0.75):
+                if rng.random() < share:
                     scale = math.exp(rng.uniform(0, math.log(top)))
                     for s in range(gaps.shape[1]):
                         gaps[b:b + copies, s] = int(rng.uniform(0, scale))

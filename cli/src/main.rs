@@ -5,21 +5,27 @@
 
 mod args;
 mod bench;
+mod chat;
+mod convert;
+mod demo;
 mod eval;
 mod generate;
 #[cfg(feature = "hf")]
 mod hub;
+mod inspect;
 mod interrupt;
 mod logits;
 mod npy;
 mod perplexity;
 mod plots;
 mod progress;
+mod quantize;
 mod report;
 mod run;
 mod saved;
 mod segments;
 mod serve;
+mod tokenize;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -43,16 +49,28 @@ struct Cli {
 enum Command {
     /// Go on with a text: from -p, a file or stdin
     Run(run::Args),
+    /// Talk with a model, with editing, sessions and a look into its memory
+    Chat(chat::Args),
     /// Serve a model over HTTP: llama.cpp's protocol, OpenAI's and Anthropic's
     Serve(serve::Args),
+    /// Bring a Hugging Face checkpoint or a memory into GGUF
+    Convert(convert::Args),
+    /// Write a GGUF in another type
+    Quantize(quantize::Args),
     /// How well the model predicts a text, over all of it and by position
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// A long document, what each memory remembers of it, and your own questions
+    Demo(demo::Args),
     /// What each memory remembers of a text, side by side
     Eval(eval::Args),
     /// Segments
     Segments(segments::Args),
+    /// What a GGUF file holds, and the memory it will take
+    Inspect(inspect::Args),
+    /// The tokens of a text
+    Tokenize(tokenize::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
 }
@@ -61,11 +79,17 @@ impl Command {
     fn run(self) -> anyhow::Result<()> {
         match self {
             Command::Run(args) => run::run(&args),
+            Command::Chat(args) => chat::run(&args),
             Command::Serve(args) => serve::run(&args),
+            Command::Convert(args) => convert::run(&args),
+            Command::Quantize(args) => quantize::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Demo(args) => demo::run(&args),
             Command::Eval(args) => eval::run(args),
             Command::Segments(args) => segments::run(&args),
+            Command::Inspect(args) => inspect::run(&args),
+            Command::Tokenize(args) => tokenize::run(&args),
             Command::Logits(args) => logits::run(&args),
         }
     }

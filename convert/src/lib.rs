@@ -20,14 +20,16 @@ mod tokenizer;
 
 use std::path::{Path, PathBuf};
 
-use ggml_sys::Type;
 use mneme_engine::gguf::GgufWriter;
+
+pub use ggml_sys::Type;
+pub use regex::Regex;
 
 pub use config::{Arch, Config, RopeScaling};
 pub use error::Error;
 pub use imatrix::Imatrix;
 pub use memory::{AHN_SINKS, AHN_WINDOW};
-pub use mix::{FileType, MixOptions, ModelShape, tensor_types};
+pub use mix::{FileType, MixOptions, MixTensor, ModelShape, fit_rows, sort_key, tensor_types};
 pub use output::{OnProgress, OutputOptions, Progress, Written};
 pub use quantize::{QuantizeOptions, quantize};
 

@@ -240,7 +240,7 @@ fn is_quantizable(tensor: &MixTensor<'_>, options: &MixOptions) -> bool {
 }
 
 /// Replaces a type whose blocks do not divide the rows.
-pub(crate) fn fit_rows(ty: Type, n_cols: u64) -> Result<Type, Error> {
+pub fn fit_rows(ty: Type, n_cols: u64) -> Result<Type, Error> {
     let divides = |ty: Type| n_cols.is_multiple_of(ty.block_size() as u64);
     if divides(ty) {
         return Ok(ty);

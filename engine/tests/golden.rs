@@ -96,7 +96,18 @@ fn ahn_matches_pytorch() {
         let fixture = Fixture::open(&name, &ops);
         let window = &fixture.meta["spec"]["window"];
         let sinks = fixture.meta["spec"]["sinks"].as_u64().unwrap_or(0);
-        check(&name, &format!("ahn:window={window},sinks={sinks}"), 5e-4);
+        // Relative to the largest logit: where AMX tiles are at hand the chunked recurrence
+        // multiplies in BF16 pairs, good to 16 bits.
+        let largest = fixture
+            .logits("logits")
+            .iter()
+            .fold(0f32, |m, x| m.max(x.abs()));
+        let tolerance = 1e-4 * largest;
+        check(
+            &name,
+            &format!("ahn:window={window},sinks={sinks}"),
+            tolerance,
+        );
     }
 }
 

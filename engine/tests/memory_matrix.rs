@@ -75,7 +75,10 @@ fn rows() -> impl Iterator<Item = Bench> {
                 engine: Engine::new(fixture.model.clone(), ops, 64),
                 ids: ids[..ids.len().min(96)].to_vec(),
                 memory,
-                slack,
+                slack: match type_kv {
+                    KvType::F32 => slack,
+                    _ => slack * 10.0,
+                },
                 type_kv,
             }
         })
@@ -115,6 +118,15 @@ impl Bench {
         (logits, seq)
     }
 
+    /// What a difference in the order of a sum may grow to: a last bit in F32; in F16, where it
+    /// may push a key or value to the next representable one, 2^-11 of it.
+    fn rounding(&self) -> f32 {
+        match self.type_kv {
+            KvType::F32 => 1e-4,
+            _ => 5e-3,
+        }
+    }
+
     fn same(&self, got: &[f32], expected: &[f32], slack: f32, what: &str) {
         let off = worst(got, expected);
         assert!(off <= slack, "{}, {what}: off by {off}", self.memory);
@@ -143,7 +155,7 @@ fn nothing_dropped_means_full() {
         let mut seq = b.sequence_with(wide);
         let got = b.feed(&mut seq, &ids, Want::All);
         // Sinks lie in another region, which changes the order of a sum.
-        b.same(&got, &expected, 1e-4, "equality");
+        b.same(&got, &expected, b.rounding(), "equality");
     }
 }
 
@@ -325,7 +337,7 @@ fn bounded_memories_stay_bounded() {
         if !bounded || b.memory.contains("nodes:window") {
             continue;
         }
-        let ids: Vec<u32> = b.ids.iter().copied().cycle().take(1200).collect();
+        let ids: Vec<u32> = b.ids.iter().copied().cycle().take(3400).collect();
         let mut seq = b.sequence();
         let mut sizes = Vec::new();
         for chunk in ids.chunks(50) {
@@ -333,8 +345,9 @@ fn bounded_memories_stay_bounded() {
             let stats = seq.stats();
             sizes.push(stats.cell_bytes);
         }
-        let early = sizes[4..16].iter().max();
-        let late = sizes[sizes.len() - 8..].iter().max();
+        // Steps of 50 meet pages of 64 in the same way every 32 steps.
+        let early = sizes[4..36].iter().max();
+        let late = sizes[sizes.len() - 32..].iter().max();
         assert!(late <= early, "{}: {sizes:?}", b.memory);
     }
 }

@@ -78,14 +78,15 @@ pub fn rope_with(
     if x.is_empty() || n_rot == 0 {
         return;
     }
-    let rotate = cpu::rope(isa);
+    let (turns_of, rotate) = cpu::rope(isa);
     let x = SplitMut::new(x);
     pool.for_each(pos.len(), (GRAIN / token_len).max(1), |tokens| {
         // Cosines then sines of one position, shared by all its heads.
         let mut turns = vec![0.0; n_rot];
         for t in tokens {
             let (cos, sin) = turns.split_at_mut(n_rot / 2);
-            cpu::scalar::rope::turns(pos[t], inv_freq, mscale, cos, sin);
+            // SAFETY: the instruction set is available (`cpu::rope`).
+            unsafe { turns_of(pos[t], inv_freq, mscale, cos, sin) };
             // SAFETY: tokens are claimed once.
             let heads = unsafe { x.part(t * token_len..(t + 1) * token_len) };
             for head in heads.chunks_exact_mut(head_dim) {

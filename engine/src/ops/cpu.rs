@@ -6,6 +6,7 @@ use ggml_sys::RowDot;
 use mneme_kernels::attend::{self, PageLayout};
 use mneme_kernels::mul_mat::{Packed, WeightType};
 use mneme_kernels::pool::Pool;
+use mneme_kernels::quant::restate;
 use mneme_kernels::recur::{self, Form, Recur};
 use mneme_kernels::rope::RopeKind;
 use mneme_kernels::{add, quant, rms_norm, rope, swiglu};
@@ -133,11 +134,19 @@ impl Cpu {
             ty: table.info.ty.name().into(),
             role,
         };
-        match weight_type(table.info.ty) {
+        let restated = match table.info.ty {
+            GgmlType::Q5_0 => Some(restate::q5_0_to_q8_0(table.bytes())),
+            GgmlType::IQ4_NL => Some(restate::iq4_nl_to_q8_0(table.bytes())),
+            _ => None,
+        };
+        let (ty, bytes) = match &restated {
+            Some(bytes) => (Some(WeightType::Q8_0), &bytes[..]),
+            None => (weight_type(table.info.ty), table.bytes()),
+        };
+        match ty {
             Some(ty) => {
-                let packed =
-                    Packed::pack(&self.pool, ty, table.n_rows, table.n_cols, table.bytes())
-                        .map_err(|_| refuse("for rows of this length"))?;
+                let packed = Packed::pack(&self.pool, ty, table.n_rows, table.n_cols, bytes)
+                    .map_err(|_| refuse("for rows of this length"))?;
                 // The interleaved copy replaces the file's: let the system have those pages.
                 table.gguf.release(&table.info);
                 Ok(Matrix::Packed(packed))

@@ -14,9 +14,7 @@ mod probs;
 mod slot;
 mod text;
 
-pub use job::{
-    Event, Failure, Finished, Head, Job, Params, Piece, Stop, Timings, TokenProbs,
-};
+pub use job::{Event, Failure, Finished, Head, Job, Params, Piece, Stop, Timings, TokenProbs};
 pub use text::Answer;
 
 use crate::engine::{Engine, Sequence, SequenceOptions};
@@ -161,9 +159,17 @@ pub enum Command {
     /// Running totals.
     Totals(Reply<Totals>),
     /// Write a slot's sequence to a file, once the slot is idle.
-    Save(usize, PathBuf, Reply<std::result::Result<SlotFile, SlotError>>),
+    Save(
+        usize,
+        PathBuf,
+        Reply<std::result::Result<SlotFile, SlotError>>,
+    ),
     /// Replace a slot's sequence by one from a file, once the slot is idle.
-    Restore(usize, PathBuf, Reply<std::result::Result<SlotFile, SlotError>>),
+    Restore(
+        usize,
+        PathBuf,
+        Reply<std::result::Result<SlotFile, SlotError>>,
+    ),
     /// Empty a slot, once it is idle; answers how many tokens went.
     Erase(usize, Reply<usize>),
     /// End everything.

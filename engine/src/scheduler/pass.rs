@@ -31,7 +31,8 @@ impl Scheduler {
                 continue;
             };
             if let Some(waiting) = self.queue.remove(at) {
-                self.waiting.fetch_sub(waiting.job.weight(), Ordering::AcqRel);
+                self.waiting
+                    .fetch_sub(waiting.job.weight(), Ordering::AcqRel);
                 self.start(id, waiting);
             }
         }

@@ -288,7 +288,8 @@ impl Task {
         let is_word = matches!(stop, Stop::Word(_));
         if is_word {
             let len = self.answer.text().len();
-            let keep = self.ends.iter().take_while(|end| **end < len).count() + usize::from(len > 0);
+            let keep =
+                self.ends.iter().take_while(|end| **end < len).count() + usize::from(len > 0);
             self.probs.truncate(keep);
             let keep = self.n_told.max(keep.min(self.tokens.len()));
             self.tokens.truncate(keep);

@@ -28,6 +28,8 @@ pub(crate) type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
 pub(crate) type Swiglu = unsafe fn(&[f32], &[f32], &mut [f32]);
 /// x, y.
 pub(crate) type Add = unsafe fn(&mut [f32], &[f32]);
+/// Position, inverse frequencies, scale, cosines, sines.
+pub(crate) type Turns = unsafe fn(u32, &[f32], f32, &mut [f32], &mut [f32]);
 /// The rotated part of a head, cosines, sines.
 pub(crate) type Rope = unsafe fn(RopeKind, &mut [f32], &[f32], &[f32]);
 
@@ -82,16 +84,16 @@ pub(crate) fn add(isa: Isa) -> Add {
     }
 }
 
-pub(crate) fn rope(isa: Isa) -> Rope {
+pub(crate) fn rope(isa: Isa) -> (Turns, Rope) {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::rope::rope,
+        Isa::Avx2 => (avx2::rope::turns, avx2::rope::rope),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => avx512::rope::rope,
+        Isa::Avx512 | Isa::Amx => (avx512::rope::turns, avx512::rope::rope),
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => neon::rope::rope,
-        _ => scalar::rope::rope,
+        Isa::Neon => (neon::rope::turns, neon::rope::rope),
+        _ => (scalar::rope::turns, scalar::rope::rope),
     }
 }
 
@@ -117,6 +119,8 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => Some(avx2::attend::KERNELS),
         _ => None,
     }
 }
@@ -135,6 +139,12 @@ pub(crate) fn recur(isa: Isa) -> HeadKernels {
         Isa::Avx512 => HeadKernels {
             recurrent: avx512::recur::recurrent,
             chunked: avx512::recur::chunked,
+            chunked_from: usize::MAX,
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => HeadKernels {
+            recurrent: avx2::recur::recurrent,
+            chunked: avx2::recur::chunked,
             chunked_from: usize::MAX,
         },
         _ => HeadKernels {

@@ -128,7 +128,7 @@ pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
             let acc = &mut acc[t - p.tokens.start..][..n];
             // SAFETY: the group has these tokens and blocks.
             unsafe {
-                let x = x.group(t / GROUP).from_token(in_group);
+                let x = x.group(t / GROUP).at_token(in_group);
                 tile(p.ty, unpacked, blocks.clone(), x, acc);
             }
             t += n;
@@ -256,7 +256,11 @@ pub(crate) unsafe fn column(ty: WeightType, bytes: *const u8, k: usize) -> [f32;
                 let words: &[[u8; 4]; ROWS] = &*bytes.add(k / 2 * VECTOR).cast();
                 words.map(|w| {
                     let w = u32::from_le_bytes(w);
-                    f32::from_bits(if k % 2 == 0 { w << 16 } else { w & 0xFFFF_0000 })
+                    f32::from_bits(if k.is_multiple_of(2) {
+                        w << 16
+                    } else {
+                        w & 0xFFFF_0000
+                    })
                 })
             }
         }

@@ -142,7 +142,7 @@ impl Group {
     /// # Safety
     /// `t` is below `width`.
     #[inline(always)]
-    pub(crate) unsafe fn from_token(&self, t: usize) -> Group {
+    pub(crate) unsafe fn at_token(&self, t: usize) -> Group {
         // SAFETY: each array holds `width` tokens per block; the arrays of the other block
         // length are empty and their pointers only moved, never read.
         unsafe {
@@ -183,6 +183,7 @@ impl Place {
     ///
     /// # Safety
     /// Only one thread has the token, and only one such slice.
+    #[allow(clippy::mut_from_ref)]
     #[inline(always)]
     pub(crate) unsafe fn bytes<'a>(
         &self,

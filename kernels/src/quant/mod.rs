@@ -8,6 +8,7 @@ mod q4_0;
 mod q4_k;
 mod q6_k;
 mod q8_0;
+pub mod restate;
 
 pub use q4_0::BlockQ4_0;
 pub use q4_k::BlockQ4K;

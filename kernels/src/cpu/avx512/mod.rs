@@ -1,10 +1,10 @@
 //! x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
 
-pub(crate) mod attend;
 pub(crate) mod add;
+pub(crate) mod attend;
 pub(crate) mod mul_mat;
 mod mul_mat_float;
+pub(crate) mod recur;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod swiglu;
-pub(crate) mod recur;

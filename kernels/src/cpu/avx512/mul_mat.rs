@@ -8,7 +8,7 @@
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
 use crate::mul_mat::activations::{self, GROUP, Group, Parts, Place, Quants};
 use crate::mul_mat::layout::{
-    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR,
+    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR, panel_bytes,
 };
 use crate::quant::WeightType;
 use std::arch::x86_64::*;
@@ -126,7 +126,7 @@ unsafe fn vector(p: &Panel<'_>, x: &Quants) {
         let n = (p.tokens.end - t).min(GROUP - in_group).min(VECTOR_TOKENS);
         // SAFETY: `t` and the `n - 1` tokens after it are in this group.
         unsafe {
-            let x = x.group(t / GROUP).from_token(in_group);
+            let x = x.group(t / GROUP).at_token(in_group);
             match n {
                 1 => vector_n::<1>(p, x, t),
                 2 => vector_n::<2>(p, x, t),
@@ -143,13 +143,18 @@ unsafe fn vector(p: &Panel<'_>, x: &Quants) {
 unsafe fn vector_n<const T: usize>(p: &Panel<'_>, x: Group, t: usize) {
     let mut acc = [_mm512_setzero_ps(); T];
     let blocks = 0..p.n_cols / p.ty.block_len();
+    let next = panel_bytes(p.ty, p.n_cols).unwrap_or(0);
     // SAFETY: the panel has these blocks, the group these tokens.
     unsafe {
         match p.ty {
-            WeightType::Q8_0 => dot32::<T, Q8_0, true>(p.bytes, p.scales(), blocks, x, &mut acc),
-            WeightType::Q4_0 => dot32::<T, Q4_0, true>(p.bytes, p.scales(), blocks, x, &mut acc),
+            WeightType::Q8_0 => {
+                dot32::<T, Q8_0, true>(next, p.bytes, p.scales(), blocks, x, &mut acc);
+            }
+            WeightType::Q4_0 => {
+                dot32::<T, Q4_0, true>(next, p.bytes, p.scales(), blocks, x, &mut acc);
+            }
             WeightType::Q4_K => vector_q4_k(p.bytes, blocks, x, &mut acc),
-            _ => vector_q6_k(p.bytes, p.scales(), blocks, x, &mut acc),
+            _ => vector_q6_k(next, p.bytes, p.scales(), blocks, x, &mut acc),
         }
         for (i, acc) in acc.into_iter().enumerate() {
             store(p, t + i, acc);
@@ -211,6 +216,20 @@ unsafe fn fetch(bytes: *const u8, n: usize) {
     }
 }
 
+/// Asks for the F16 scales of the block `ahead` blocks on, of the next panel after the last of
+/// this one's `n`: they are a stream of their own, too thin for the hardware to follow.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch_scales(scales: *const u8, b: usize, ahead: usize, n: usize, panel_bytes: usize) {
+    let next = b + ahead;
+    let at = if next < n {
+        2 * ROWS * next
+    } else {
+        panel_bytes + 2 * ROWS * (next - n)
+    };
+    _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(at).cast());
+}
+
 /// Adds a block of 32: `sum * (weights' scale * activations' scale)`.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -225,13 +244,15 @@ pub(in crate::cpu) fn end_min(acc: __m512, sum: __m512i, dmin: __m512, dx: __m51
     _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(dmin, dx), acc)
 }
 
-/// Accumulates `blocks` of 32 columns for `T` tokens.
+/// Accumulates `blocks` of 32 columns for `T` tokens. With `FETCH` what comes next is asked for,
+/// in the next panel too.
 ///
 /// # Safety
 /// `words` and `scales` hold these blocks, `x` these tokens and blocks.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn dot32<const T: usize, const W: u8, const FETCH: bool>(
+    panel_bytes: usize,
     words: *const u8,
     scales: *const u8,
     blocks: Range<usize>,
@@ -242,7 +263,11 @@ unsafe fn dot32<const T: usize, const W: u8, const FETCH: bool>(
     let zero = _mm512_set1_epi8(-128);
     // SAFETY: in bounds by the caller's promise.
     unsafe {
+        let n = blocks.end;
         for b in blocks {
+            if FETCH {
+                fetch_scales(scales, b, 16, n, panel_bytes);
+            }
             let mut w = [_mm512_setzero_si512(); 8];
             if W == Q4_0 {
                 let words = words.wrapping_add(b * 4 * VECTOR);
@@ -417,17 +442,20 @@ fn q6_k_scale(word: __m512i, i: usize) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn vector_q6_k<const T: usize>(
+    panel_bytes: usize,
     bytes: *const u8,
     scales: *const u8,
     blocks: Range<usize>,
     x: Group,
     acc: &mut [__m512; T],
 ) {
+    let n = blocks.end;
     for b in blocks {
         // SAFETY: in bounds by the caller's promise.
         unsafe {
             let block = bytes.add(b * Q6_K_BLOCK);
             fetch(block.wrapping_add(Q6_K_SCALES), 4);
+            fetch_scales(scales, b, 3, n, panel_bytes);
             let mut total = [_mm512_setzero_si512(); T];
             for half in 0..2 {
                 for sub in 0..2 {
@@ -491,7 +519,7 @@ unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
             while t < p.tokens.end {
                 let in_group = t % GROUP;
                 let left = (p.tokens.end - t).min(GROUP - in_group);
-                let x = x.group(t / GROUP).from_token(in_group);
+                let x = x.group(t / GROUP).at_token(in_group);
                 let acc = &mut acc[t - p.tokens.start..];
                 t += match left {
                     TILE.. => tile_n::<TILE>(p, blocks.clone(), x, unpacked, acc),
@@ -521,12 +549,12 @@ unsafe fn tile_n<const T: usize>(
         let mut a: [__m512; T] = std::array::from_fn(|t| _mm512_loadu_ps(acc[t].as_ptr()));
         let scales = p.scales();
         match p.ty {
-            WeightType::Q8_0 => dot32::<T, Q8_0, false>(p.bytes, scales, blocks, x, &mut a),
+            WeightType::Q8_0 => dot32::<T, Q8_0, false>(0, p.bytes, scales, blocks, x, &mut a),
             WeightType::Q4_0 => {
                 // `dot32` counts blocks from the panel's start.
                 let words = unpacked.words.as_ptr().cast::<u8>();
                 let words = words.wrapping_sub(blocks.start * 8 * VECTOR);
-                dot32::<T, UNPACKED, false>(words, scales, blocks, x, &mut a);
+                dot32::<T, UNPACKED, false>(0, words, scales, blocks, x, &mut a);
             }
             WeightType::Q4_K => dot256::<T, true>(unpacked, blocks.start, x, &mut a),
             _ => dot256::<T, false>(unpacked, blocks.start, x, &mut a),

@@ -3,8 +3,7 @@
 use crate::cpu::lanes;
 
 /// # Safety
-/// The instruction set is available.
-
+/// None beyond those of the processor: NEON is part of every AArch64.
 pub(crate) unsafe fn add(x: &mut [f32], y: &[f32]) {
     lanes::add::add(x, y);
 }

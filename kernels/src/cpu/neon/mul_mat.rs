@@ -46,7 +46,7 @@ unsafe fn tile(
     for (t, acc) in acc.iter_mut().enumerate() {
         // SAFETY: as `by_chunks` promises.
         unsafe {
-            let x = x.from_token(t);
+            let x = x.at_token(t);
             match ty {
                 WeightType::Q8_0 | WeightType::Q4_0 => dot32(ty, w, blocks.clone(), x, acc),
                 _ => dot256(ty, w, blocks.start, x, acc),

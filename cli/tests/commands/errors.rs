@@ -1,0 +1,181 @@
+//! Bad input: a clear line, the right exit code, nothing left behind.
+
+use crate::{mneme, model, piped, text};
+use std::process::Output;
+
+#[track_caller]
+fn refused(output: &Output, code: i32, expected: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert!(
+        stderr.contains(expected),
+        "expected `{expected}` in: {stderr}"
+    );
+    assert!(output.stdout.is_empty(), "nothing is printed: {output:?}");
+    if code == 1 {
+        let lines: Vec<&str> = stderr.lines().collect();
+        assert!(
+            lines.len() == 1 && lines[0].starts_with("error: "),
+            "one line: {stderr}"
+        );
+    }
+}
+
+#[test]
+fn wrong_arguments() {
+    let model = model("qwen2-tiny");
+    let model = text(&model);
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["run", "-m", "missing.gguf", "-p", "a"], 1, "missing.gguf"),
+        (&["run", "-p", "a"], 2, "--model"),
+        (&["run", "-m", model, "--frobnicate"], 2, "--frobnicate"),
+        (
+            &["run", "-m", model, "-hf", "a/b"],
+            2,
+            "cannot be used with",
+        ),
+        (&["fly"], 2, "fly"),
+        (&["run", "-m", model, "-p", ""], 1, "the prompt is empty"),
+        (
+            &["run", "-m", model, "-p", "a", "-c", "99999999999999"],
+            1,
+            "-c 99999999999999",
+        ),
+        (&["run", "-m", model, "-p", "a", "-c", "-1"], 2, "-c"),
+        (
+            &["run", "-m", model, "-p", "a b c d e f g h", "-c", "4"],
+            1,
+            "has room for 4",
+        ),
+        (
+            &["run", "-m", model, "-p", "a", "-ctk", "q3"],
+            2,
+            "f32, f16, bf16, q8_0",
+        ),
+        (&["run", "-m", model, "-p", "a", "-t", "0"], 2, "at least 1"),
+        (
+            &["run", "-m", model, "-p", "a", "--temp", "NaN"],
+            1,
+            "temperature",
+        ),
+        (
+            &["run", "-m", model, "-p", "a", "--samplers", "magic"],
+            1,
+            "magic",
+        ),
+        (
+            &["run", "-m", model, "-p", "a", "--memory", "elephant"],
+            1,
+            "full, window",
+        ),
+        (
+            &[
+                "run",
+                "-m",
+                model,
+                "-p",
+                "a",
+                "--memory",
+                "window:colour=red",
+            ],
+            1,
+            "no option `colour`",
+        ),
+        (
+            &["run", "-m", model, "-p", "a", "--memory", "window:window"],
+            2,
+            "key=value",
+        ),
+        (
+            &["run", "-m", model, "-p", "a", "--memory", "nodes"],
+            1,
+            "no compressor",
+        ),
+        (
+            &["run", "-m", model, "-p", "a", "--tau", "0.5"],
+            1,
+            "`full` takes no options",
+        ),
+        (&["run", "-m", model, "-f", "missing.txt"], 1, "missing.txt"),
+        (
+            &["run", "-m", model, "-p", "a", "--memory-adapter", model],
+            1,
+            "adapter",
+        ),
+        (&["bench", "-m", model, "-o", "plot.png"], 1, ".svg"),
+        (&["bench", "-m", model, "--memory", "ahn"], 1, "ahn"),
+        (
+            &["perplexity", "-m", model, "-f", "missing.txt"],
+            1,
+            "missing.txt",
+        ),
+        (
+            &["chat", "-m", model, "--chat-template", "martian"],
+            1,
+            "martian",
+        ),
+        (
+            &["chat", "-m", model, "--chat-template-kwargs", "[1]"],
+            2,
+            "JSON object",
+        ),
+    ];
+    for (args, code, expected) in cases {
+        refused(&piped(mneme(args), b""), *code, expected);
+    }
+}
+
+#[test]
+fn broken_model_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = std::fs::read(model("qwen2-tiny")).unwrap();
+    let cases: [(&str, &[u8]); 4] = [
+        ("empty.gguf", b""),
+        (
+            "text.gguf",
+            b"this is no model at all, only text of some length",
+        ),
+        ("head.gguf", &whole[..1000]),
+        ("cut.gguf", &whole[..whole.len() - 1000]),
+    ];
+    for (name, bytes) in cases {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let output = piped(mneme(&["run", "-m", text(&path), "-p", "a"]), b"");
+        refused(&output, 1, name);
+    }
+}
+
+#[test]
+fn text_that_is_not_utf8() {
+    let model = model("qwen2-tiny");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("latin1.txt");
+    std::fs::write(&path, b"caf\xe9 au lait").unwrap();
+    for command in ["run", "perplexity"] {
+        let output = piped(
+            mneme(&[command, "-m", text(&model), "-f", text(&path)]),
+            b"",
+        );
+        refused(&output, 1, "latin1.txt: not UTF-8 at byte 3");
+    }
+    let output = piped(mneme(&["run", "-m", text(&model)]), b"caf\xe9");
+    refused(&output, 1, "stdin: not UTF-8 at byte 3");
+}
+
+#[test]
+fn help_teaches_the_memories() {
+    let output = piped(mneme(&["--help"]), b"");
+    let help = crate::stdout(output);
+    for word in [
+        "Examples:",
+        "mneme chat",
+        "window",
+        "nodes",
+        "gist",
+        "ahn",
+        "target_rate",
+    ] {
+        assert!(help.contains(word), "{word}: {help}");
+    }
+}

@@ -1,0 +1,254 @@
+//! `mneme run`.
+
+use crate::{json, mneme, model, on, piped, stdout, text};
+use std::io::Read;
+use std::process::Stdio;
+
+const PROMPT: &str = "The quick brown fox. It jumps over the lazy dog! And then? Nothing at all.";
+
+#[test]
+fn a_seed_names_an_answer() {
+    let run = |seed: &str| {
+        json(on(
+            "qwen2-tiny",
+            "run",
+            &[
+                "-p",
+                PROMPT,
+                "-n",
+                "12",
+                "-s",
+                seed,
+                "--ignore-eos",
+                "--json",
+            ],
+        ))
+    };
+    let (a, b, c) = (run("1"), run("1"), run("2"));
+    assert_eq!(a["tokens"], b["tokens"]);
+    assert_ne!(a["tokens"], c["tokens"]);
+    assert_eq!(a["tokens"].as_array().unwrap().len(), 12);
+    assert_eq!(a["stop"], "limit");
+    assert_eq!(a["seed"], 1);
+    assert_eq!(a["memory"]["stats"]["name"], "full");
+    assert_eq!(a["memory"]["stats"]["n_dropped"], 0);
+    assert!(a["timings"]["prompt_per_second"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn prompt_file_and_stdin_are_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("prompt.txt");
+    std::fs::write(&path, format!("{PROMPT}\n")).unwrap();
+    let flags = ["-n", "8", "--temp", "0", "--ignore-eos"];
+    let args = |more: &[&str]| [&flags[..], more].concat();
+    let given = stdout(on("llama-tiny", "run", &args(&["-p", PROMPT])));
+    assert_eq!(
+        stdout(on("llama-tiny", "run", &args(&["-f", text(&path)]))),
+        given
+    );
+    let model = model("llama-tiny");
+    let mut command = mneme(&["run", "-m", text(&model)]);
+    command.args(flags);
+    assert_eq!(stdout(piped(command, PROMPT.as_bytes())), given);
+    let echoed = stdout(on("llama-tiny", "run", &args(&["-p", PROMPT, "--echo"])));
+    assert_eq!(echoed, format!("{PROMPT}{given}"));
+}
+
+#[test]
+fn a_stop_text_ends_the_answer_and_is_not_shown() {
+    let flags = [
+        "-p",
+        PROMPT,
+        "-n",
+        "40",
+        "-s",
+        "7",
+        "--ignore-eos",
+        "--json",
+    ];
+    let free = json(on("qwen2-tiny", "run", &flags));
+    let said = free["text"].as_str().unwrap();
+    // Some letters from the middle of the answer.
+    let at = said.char_indices().nth(said.chars().count() / 2).unwrap().0;
+    let stop: String = said[at..].chars().take(2).collect();
+    let first = said.find(&stop).unwrap();
+    let stopped = json(on(
+        "qwen2-tiny",
+        "run",
+        &[&flags[..], &["-r", &stop]].concat(),
+    ));
+    assert_eq!(stopped["stop"], "word");
+    assert_eq!(stopped["text"], said[..first]);
+}
+
+#[test]
+fn a_session_goes_on_as_if_it_had_never_stopped() {
+    let cases = [
+        ("qwen2-tiny", "full"),
+        ("qwen2-tiny", "window:window=8,sinks=2"),
+        ("ahn-gdn-tiny", "ahn:window=8,sinks=2"),
+        ("nodes-linear", "nodes"),
+        ("nodes-max", "nodes"),
+        ("nodes-sentence", "nodes:decider=sentence"),
+        ("gist-qwen2", "gist"),
+    ];
+    for (name, memory) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.session");
+        let flags = [
+            "--memory",
+            memory,
+            "-s",
+            "5",
+            "--ignore-eos",
+            "--json",
+            "--repeat-penalty",
+            "1.2",
+        ];
+        let run = |more: &[&str]| json(on(name, "run", &[&flags[..], more].concat()));
+        let whole = run(&["-p", PROMPT, "-n", "24"]);
+        let session = ["--session", text(&path)];
+        let first = run(&[&["-p", PROMPT, "-n", "9"], &session[..]].concat());
+        let second = run(&[&["-p", "", "-n", "15"], &session[..]].concat());
+        let join = |a: &serde_json::Value, b: &serde_json::Value| {
+            [a.as_array().unwrap().clone(), b.as_array().unwrap().clone()].concat()
+        };
+        assert_eq!(
+            whole["tokens"].as_array().unwrap(),
+            &join(&first["tokens"], &second["tokens"]),
+            "{name} {memory}"
+        );
+        assert_eq!(
+            whole["memory"]["nodes"], second["memory"]["nodes"],
+            "{name} {memory}"
+        );
+        assert_eq!(
+            whole["memory"]["held_bytes"],
+            second["memory"]["held_bytes"]
+        );
+    }
+}
+
+#[test]
+fn sessions_of_something_else_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.session");
+    let session = ["--session", text(&path), "-n", "2", "-p", "a"];
+    stdout(on("qwen2-tiny", "run", &session));
+    let refused = |name: &str, more: &[&str], expected: &str| {
+        let output = on(name, "run", &[&session[..], more].concat());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(expected), "{stderr}");
+    };
+    refused("qwen3-tiny", &[], "made with another model");
+    refused(
+        "qwen2-tiny",
+        &["--memory", "window:window=8,sinks=1"],
+        "made with --memory full",
+    );
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    refused("qwen2-tiny", &[], "a.session");
+    std::fs::write(&path, &bytes[..middle]).unwrap();
+    refused("qwen2-tiny", &[], "a.session");
+    std::fs::write(&path, "no session").unwrap();
+    refused("qwen2-tiny", &[], "a.session");
+}
+
+#[test]
+fn a_full_context_ends_the_answer() {
+    let run = json(on(
+        "qwen2-tiny",
+        "run",
+        &["-p", "a", "-c", "12", "--ignore-eos", "--json"],
+    ));
+    assert_eq!(run["stop"], "context");
+    assert_eq!(run["memory"]["stats"]["n_tokens"], 12);
+    // A window never fills it.
+    let window = ["--memory", "window:window=6,sinks=2", "-n", "30"];
+    let run = json(on(
+        "qwen2-tiny",
+        "run",
+        &[
+            &["-p", "a", "-c", "12", "--ignore-eos", "--json"],
+            &window[..],
+        ]
+        .concat(),
+    ));
+    assert_eq!(run["stop"], "limit");
+    assert!(run["memory"]["stats"]["n_dropped"].as_u64().unwrap() > 0);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_an_answer_cleanly() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.session");
+    let model = model("qwen2-tiny");
+    let args = [
+        "run",
+        "-m",
+        text(&model),
+        "-p",
+        "a",
+        "--ignore-eos",
+        "-c",
+        "1000000",
+    ];
+    let mut child = mneme(&args)
+        .args(["--session", text(&path)])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = child.stdout.take().unwrap();
+    let mut some = [0; 8];
+    out.read_exact(&mut some).unwrap();
+    let kill = std::process::Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(kill.success());
+    let mut rest = Vec::new();
+    out.read_to_end(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(rest.last(), Some(&b'\n'));
+    assert!(path.exists(), "the session is saved");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let model = model("qwen2-tiny");
+    let args = [
+        "run",
+        "-m",
+        text(&model),
+        "-p",
+        "a",
+        "--ignore-eos",
+        "-c",
+        "1000000",
+    ];
+    let mut child = mneme(&args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = child.stdout.take().unwrap();
+    out.read_exact(&mut [0; 8]).unwrap();
+    drop(out);
+    let done = child.wait_with_output().unwrap();
+    assert_eq!(done.status.code(), Some(0));
+    assert!(
+        done.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+}
