@@ -19,7 +19,7 @@ fn request(i: usize, stream: bool) -> Value {
     json!({
         "prompt": format!("{long}{}", prompts[i % prompts.len()]),
         "seed": i,
-        "temperature": [0.0, 0.7, 1.3][i % 3],
+        "temperature": ([0.0, 0.7, 1.3][i % 3]),
         "n_predict": 8 + i % 17,
         "repeat_penalty": 1.1,
         "cache_prompt": i % 2 == 0,
