@@ -7,10 +7,12 @@ mod args;
 mod bench;
 mod chat;
 mod convert;
+mod demo;
 mod eval;
 mod generate;
 #[cfg(feature = "hf")]
 mod hub;
+mod inspect;
 mod interrupt;
 mod logits;
 mod npy;
@@ -23,6 +25,7 @@ mod run;
 mod saved;
 mod segments;
 mod serve;
+mod tokenize;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -58,10 +61,16 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Tokens per second at depths of context, for each memory
     Bench(bench::Args),
+    /// A long document, what each memory remembers of it, and your own questions
+    Demo(demo::Args),
     /// What each memory remembers of a text, side by side
     Eval(eval::Args),
     /// Segments
     Segments(segments::Args),
+    /// What a GGUF file holds, and the memory it will take
+    Inspect(inspect::Args),
+    /// The tokens of a text
+    Tokenize(tokenize::Args),
     /// Logits of given token ids, as a NumPy file, to compare with other programs
     Logits(logits::Args),
 }
@@ -76,8 +85,11 @@ impl Command {
             Command::Quantize(args) => quantize::run(&args),
             Command::Perplexity(args) => perplexity::run(&args),
             Command::Bench(args) => bench::run(&args),
+            Command::Demo(args) => demo::run(&args),
             Command::Eval(args) => eval::run(args),
             Command::Segments(args) => segments::run(&args),
+            Command::Inspect(args) => inspect::run(&args),
+            Command::Tokenize(args) => tokenize::run(&args),
             Command::Logits(args) => logits::run(&args),
         }
     }

@@ -535,7 +535,7 @@ fn assistant_messages_are_continued() {
 
 #[test]
 fn answers_in_a_language() {
-    let server = tiny(&["-n", "64"]);
+    let server = tiny(&["-n", "64", "-c", "2048"]);
     let said = |more: Value| {
         let reply = server.post("/chat/completions", &chat_body(more)).ok();
         reply["choices"][0]["message"]["content"]

@@ -273,3 +273,50 @@ fn a_graph_computes() {
         }
     }
 }
+
+/// The kernels read GGUF bytes without ggml: for arbitrary bytes of every type that they know, each
+/// value must be the one that ggml reads.
+#[test]
+fn block_layouts_are_those_of_the_kernels() {
+    use mneme_kernels::quant::{WeightType, dequantize_row};
+    for weight in WeightType::ALL {
+        let ty = Type::from_name(weight.name()).unwrap();
+        assert_eq!(
+            (weight.block_len(), weight.block_bytes()),
+            (ty.block_size(), ty.type_size())
+        );
+        let n = 256 * 64;
+        assert_eq!(weight.row_bytes(n), ty.row_bytes(n));
+        let mut state = 9u64;
+        let bytes: Vec<u8> = (0..ty.row_bytes(n).unwrap())
+            .map(|_| {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                (state >> 56) as u8
+            })
+            .collect();
+        let (mut ours, mut theirs) = (vec![f32::NAN; n], vec![f32::INFINITY; n]);
+        dequantize_row(weight, &bytes, &mut ours);
+        dequantize(ty, &bytes, &mut theirs).unwrap();
+        let mut n_finite = 0;
+        for (i, (a, b)) in ours.iter().zip(&theirs).enumerate() {
+            if a.is_nan() && b.is_nan() {
+                continue; // scales of random bytes are NaN now and then
+            }
+            n_finite += usize::from(a.is_finite());
+            // Products may be grouped differently: two roundings of F32. Sums cancel against a minimum
+            // of up to 63 times the scale, hence the bound relative to the larger of neighbours.
+            let scale = theirs[i / 32 * 32..][..32]
+                .iter()
+                .filter(|v| v.is_finite())
+                .fold(0f32, |m, v| m.max(v.abs()));
+            let bound = if ty.is_quantized() { 1e-5 * scale } else { 0.0 };
+            assert!(
+                a == b || (a - b).abs() <= bound,
+                "{ty}[{i}]: {a} against {b}"
+            );
+        }
+        assert!(n_finite > n / 2, "{ty}: {n_finite} of {n}");
+    }
+}

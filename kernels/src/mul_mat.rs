@@ -136,7 +136,7 @@ impl Packed {
         let Some(n_bytes) = n_panels.checked_mul(panel_bytes) else {
             return Err(too_large);
         };
-        let mut packed = Buffer::zeroed(n_bytes);
+        let mut packed = Buffer::in_slab(n_bytes);
         if n_bytes > 0 {
             let panels = SplitMut::new(&mut packed);
             pool.for_each(n_panels, 4, |range| {

@@ -3,7 +3,7 @@
 use super::boundary::{self, Tally};
 use super::budget::{self, Given, Target};
 use super::prompt::{Document, Form};
-use super::sample::Sample;
+use super::sample::{Question, Sample};
 use crate::interrupt;
 use anyhow::{Context, Result};
 use mneme_engine::memory::spec::MemorySpec;
@@ -108,6 +108,20 @@ pub struct Outcome {
     pub ask_seconds: f64,
     /// Cuts against the ends the generator knows; `None` without nodes or ends.
     pub tally: Option<Tally>,
+}
+
+/// A text that was read, to be asked about.
+pub struct Opened {
+    /// The state after the last token.
+    pub seq: Sequence,
+    /// The tokens.
+    pub doc: Document,
+    /// What is held.
+    pub held: Held,
+    /// Seconds it took.
+    pub read_seconds: f64,
+    /// First tokens never dropped.
+    n_sinks: usize,
 }
 
 /// What all arms of a run share.
@@ -217,6 +231,51 @@ impl Rig {
         })
     }
 
+    /// Reads the text of `sample` with the memory `spec`.
+    pub fn open(
+        &mut self,
+        spec: &MemorySpec,
+        sample: &Sample,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Opened> {
+        let doc = self.document(spec, sample)?;
+        let mut seq = self.sequence(spec, doc.ids.len())?;
+        let start = Instant::now();
+        self.read(&mut seq, &doc.ids, progress)
+            .with_context(|| format!("memory `{spec}`, {} tokens", doc.ids.len()))?;
+        let read_seconds = start.elapsed().as_secs_f64();
+        let weights = &self.engine.model.weights;
+        let full_layers = weights
+            .memory_file()
+            .opt_arr_i64(&weights.memory_key("ahn.full_layers"))?;
+        let uneven = spec.name == "ahn" && full_layers.is_some_and(|l| !l.is_empty());
+        Ok(Opened {
+            held: Held::new(&seq.stats(), uneven),
+            n_sinks: self.n_sinks(spec)?,
+            seq,
+            doc,
+            read_seconds,
+        })
+    }
+
+    /// Puts one question to a fork of what was read.
+    pub fn ask(
+        &mut self,
+        text: &Opened,
+        q: &Question,
+        n_predict: usize,
+    ) -> Result<(String, Place)> {
+        let facts: Vec<Range<usize>> = q.facts.iter().map(|f| text.doc.tokens(f)).collect();
+        let prompt = self.form.question(&self.engine.model.tokenizer, q);
+        let mut place = Place::Unknown;
+        let mut fork = text.seq.fork();
+        let answer = self.answer(&mut fork, &prompt, n_predict, |seq| {
+            let (stats, nodes) = (seq.stats(), seq.nodes());
+            place = place_of(&facts, seq.spec(), &stats, &nodes, text.n_sinks);
+        })?;
+        Ok((answer, place))
+    }
+
     /// Reads the text of `sample` with the memory `spec` and asks its questions, each from the
     /// same state.
     pub fn run(
@@ -224,46 +283,28 @@ impl Rig {
         spec: &MemorySpec,
         sample: &Sample,
         progress: &mut dyn FnMut(usize),
-    ) -> Result<Outcome> {
-        let model = self.engine.model.clone();
-        let doc = self.document(spec, sample)?;
-        let mut seq = self.sequence(spec, doc.ids.len())?;
+    ) -> Result<(Opened, Outcome)> {
+        let text = self.open(spec, sample, progress)?;
+        let tally = boundary::tally(&self.engine, &text.seq, &text.doc, sample);
         let start = Instant::now();
-        self.read(&mut seq, &doc.ids, progress)
-            .with_context(|| format!("memory `{spec}`, {} tokens", doc.ids.len()))?;
-        let read_seconds = start.elapsed().as_secs_f64();
-        let file = model.weights.memory_file();
-        let uneven = spec.name == "ahn"
-            && file
-                .opt_arr_i64(&model.weights.memory_key("ahn.full_layers"))?
-                .is_some_and(|l| !l.is_empty());
-        let held = Held::new(&seq.stats(), uneven);
-        let tally = boundary::tally(&self.engine, &seq, &doc, sample);
-        let n_sinks = self.n_sinks(spec)?;
-        let start = Instant::now();
+        let n_predict = self.n_predict.unwrap_or(sample.n_predict);
         let mut replies = Vec::new();
         for q in &sample.questions {
-            let facts: Vec<Range<usize>> = q.facts.iter().map(|f| doc.tokens(f)).collect();
-            let prompt = self.form.question(&model.tokenizer, q);
-            let mut place = Place::Unknown;
-            let mut fork = seq.fork();
-            let n_predict = self.n_predict.unwrap_or(sample.n_predict);
-            let text = self.answer(&mut fork, &prompt, n_predict, |seq| {
-                place = place_of(&facts, spec, &seq.stats(), &seq.nodes(), n_sinks);
-            })?;
+            let (answer, place) = self.ask(&text, q, n_predict)?;
             replies.push(Reply {
-                score: sample.score.of(&text, &q.answers),
-                text,
+                score: sample.score.of(&answer, &q.answers),
+                text: answer,
                 place,
             });
         }
-        Ok(Outcome {
+        let outcome = Outcome {
             replies,
-            held,
-            read_seconds,
+            held: text.held,
+            read_seconds: text.read_seconds,
             ask_seconds: start.elapsed().as_secs_f64(),
             tally,
-        })
+        };
+        Ok((text, outcome))
     }
 
     /// `spec` sized to hold as many bytes as `held` after reading `sample`; see [`budget`].
@@ -379,23 +420,26 @@ mod tests {
             n_dropped,
             ..Stats::default()
         };
-        let spec = |s: &str| s.parse::<MemorySpec>().unwrap();
-        let full = place_of(&[3..9], &spec("full"), &stats(0), &[], 0);
-        assert_eq!(full, Place::InWindow);
+        let place = |memory: &str, n_dropped, nodes: &[NodeInfo], sinks, facts: &[[usize; 2]]| {
+            let facts: Vec<Range<usize>> = facts.iter().map(|&[a, b]| a..b).collect();
+            let spec: MemorySpec = memory.parse().unwrap();
+            place_of(&facts, &spec, &stats(n_dropped), nodes, sinks)
+        };
+        assert_eq!(place("full", 0, &[], 0, &[[3, 9]]), Place::InWindow);
         // Sinks 0..4, tokens from 84 on.
-        let window = |f: Range<usize>| place_of(&[f], &spec("window"), &stats(80), &[], 4);
-        assert_eq!(window(0..4), Place::InWindow);
-        assert_eq!(window(90..95), Place::InWindow);
-        assert_eq!(window(40..45), Place::Evicted);
-        assert_eq!(window(82..86), Place::AcrossCut);
+        let window = |fact| place("window", 80, &[], 4, &[fact]);
+        assert_eq!(window([0, 4]), Place::InWindow);
+        assert_eq!(window([90, 95]), Place::InWindow);
+        assert_eq!(window([40, 45]), Place::Evicted);
+        assert_eq!(window([82, 86]), Place::AcrossCut);
         let nodes = [node(0, 10), node(10, 30), node(30, 90)];
-        let of = |f: &[Range<usize>]| place_of(f, &spec("nodes"), &stats(90), &nodes, 0);
-        assert_eq!(of(&[12..30]), Place::Evicted);
-        assert_eq!(of(&[5..12]), Place::AcrossCut);
-        assert_eq!(of(&[88..93]), Place::AcrossCut);
-        assert_eq!(of(&[90..95]), Place::InWindow);
-        assert_eq!(of(&[90..95, 12..20]), Place::Evicted);
-        assert_eq!(of(&[90..95, 12..20, 29..31]), Place::AcrossCut);
+        let of = |facts: &[[usize; 2]]| place("nodes", 90, &nodes, 0, facts);
+        assert_eq!(of(&[[12, 30]]), Place::Evicted);
+        assert_eq!(of(&[[5, 12]]), Place::AcrossCut);
+        assert_eq!(of(&[[88, 93]]), Place::AcrossCut);
+        assert_eq!(of(&[[90, 95]]), Place::InWindow);
+        assert_eq!(of(&[[90, 95], [12, 20]]), Place::Evicted);
+        assert_eq!(of(&[[90, 95], [12, 20], [29, 31]]), Place::AcrossCut);
         assert_eq!(of(&[]), Place::Unknown);
     }
 }

@@ -54,11 +54,10 @@ pub fn with(spec: &MemorySpec, options: &[(&str, String)]) -> MemorySpec {
 /// Whether `spec` has a dial that [`equal`] turns.
 pub fn is_sized(spec: &MemorySpec) -> bool {
     let rule = spec.options.iter().rev().find(|(k, _)| k == "decider");
-    match (spec.name.as_str(), rule.map(|(_, v)| v.as_str())) {
-        ("window" | "ahn", _) => true,
-        ("nodes", Some("stride" | "random" | "sentence")) => true,
-        _ => false,
-    }
+    matches!(
+        (spec.name.as_str(), rule.map(|(_, v)| v.as_str())),
+        ("window" | "ahn", _) | ("nodes", Some("stride" | "random" | "sentence"))
+    )
 }
 
 /// `spec` sized to hold what `target` says; a memory without a dial for it is returned as it is.

@@ -4,19 +4,19 @@
 //! asked the same questions, and the report says how often each was right, where the facts lay
 //! and how many bytes were held. docs/eval.md tells what each number means.
 
-mod arm;
+pub mod arm;
 mod boundary;
 mod budget;
 mod jsonl;
 mod plot;
-mod prompt;
+pub mod prompt;
 mod random;
-mod records;
+pub mod records;
 mod report;
 mod ruler;
 mod run;
-mod sample;
-mod score;
+pub mod sample;
+pub mod score;
 mod text;
 
 use crate::report::write_text;
@@ -41,7 +41,7 @@ enum Command {
     /// Write texts with questions as JSONL, to be read here or elsewhere
     Generate(Generate),
     /// Ask a model with several memories the same questions, side by side
-    Run(run::Args),
+    Run(Box<run::Args>),
     /// List the tasks
     Tasks,
 }
@@ -62,7 +62,7 @@ struct Generate {
 pub fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Generate(args) => generate(&args),
-        Command::Run(args) => run::run(args),
+        Command::Run(args) => run::run(&args),
         Command::Tasks => {
             for (name, about) in records::tasks() {
                 println!("{name:16} {about}");

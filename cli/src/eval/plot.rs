@@ -75,10 +75,9 @@ fn y_axis(out: &mut String, name: &str, top: f64, tick: impl Fn(f64) -> String) 
         );
     }
     let middle = (TOP + bottom) / 2.0;
-    let _ = write!(
+    let _ = writeln!(
         out,
-        r##"<text x="16" y="{middle:.1}" text-anchor="middle" transform="rotate(-90 16 {middle:.1})">{}</text>
-"##,
+        r##"<text x="16" y="{middle:.1}" text-anchor="middle" transform="rotate(-90 16 {middle:.1})">{}</text>"##,
         escape(name)
     );
 }
@@ -117,10 +116,9 @@ pub fn lines(axes: &Axes<'_>, lines: &[Line]) -> String {
         );
         power += step;
     }
-    let _ = write!(
+    let _ = writeln!(
         out,
-        r##"<text x="{:.1}" y="{:.1}" text-anchor="middle">{}</text>
-"##,
+        r##"<text x="{:.1}" y="{:.1}" text-anchor="middle">{}</text>"##,
         (LEFT + right) / 2.0,
         HEIGHT - 14.0,
         escape(axes.x)
@@ -197,10 +195,9 @@ pub fn bars(title: &str, y: &str, names: &[&str], groups: &[(String, Vec<f64>)])
             );
         }
         let short: String = group.chars().take(24).collect();
-        let _ = write!(
+        let _ = writeln!(
             out,
-            r##"<text x="{:.1}" y="{:.1}" text-anchor="middle" font-size="10">{}</text>
-"##,
+            r##"<text x="{:.1}" y="{:.1}" text-anchor="middle" font-size="10">{}</text>"##,
             left + room * 0.4,
             bottom + 14.0 + 12.0 * (g % 2) as f64,
             escape(&short)

@@ -145,7 +145,7 @@ fn groups(args: &Args, rig: &Rig) -> Result<Vec<Group>> {
 }
 
 /// Runs the command.
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: &Args) -> Result<()> {
     interrupt::watch();
     let engine = args.model.load()?;
     let mut rig = Rig {
@@ -192,7 +192,7 @@ pub fn run(args: Args) -> Result<()> {
         equal_bytes: args.equal_bytes,
         rows: Vec::new(),
     };
-    for group in groups(&args, &rig)? {
+    for group in groups(args, &rig)? {
         let (outcomes, used) = side_by_side(&mut rig, &arms, target, &group)?;
         let questions = || group.samples.iter().flat_map(|s| &s.questions);
         let chance = questions().map(|q| q.chance).sum::<f64>() / questions().count().max(1) as f64;
@@ -211,7 +211,7 @@ pub fn run(args: Args) -> Result<()> {
     if let Some(mut file) = answers {
         file.flush().context("cannot write the answers")?;
     }
-    publish(&args, &report)
+    publish(args, &report)
 }
 
 /// What every arm did with every sample, and the memory each arm used on the first.
@@ -238,7 +238,7 @@ fn side_by_side(
                 Some(held) => rig.equal(&arms[i], held, sample)?,
                 None => arms[i].clone(),
             };
-            let outcome = rig.run(&spec, sample, &mut |tokens| {
+            let (_, outcome) = rig.run(&spec, sample, &mut |tokens| {
                 done += tokens as u64;
                 bar.set(done);
             })?;

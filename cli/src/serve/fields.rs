@@ -203,7 +203,10 @@ impl Field {
                 None => Err(wrong(name, "a whole number", value)),
             },
             Real(low, high) => match value.as_f64() {
-                Some(x) => Ok(json!(x.clamp(low, high))),
+                Some(x) => {
+                    let most = f64::from(f32::MAX);
+                    Ok(json!(x.clamp(low.max(-most), high.min(most))))
+                }
                 None => Err(wrong(name, "a number", value)),
             },
             Bool => match value {

@@ -161,14 +161,26 @@ fn refuse(e: &mneme_engine::grammar::Error) -> ApiError {
     ApiError::invalid(format!("Failed to parse grammar: {e}"))
 }
 
+/// White space between the parts of JSON text: none, a space, or a break with an indent. Without a
+/// bound a model can go on with white space for ever.
+const JSON_SPACE: &str = r"\x20|\n{1,2}[\x20\t]{0,20}";
+
 /// The language of JSON texts that `schema` accepts; an empty schema means any object.
 pub fn schema_grammar(app: &App, schema: &Value) -> ApiResult<Grammar> {
-    match schema {
-        Value::Object(_) | Value::Bool(true) => {
-            app.grammars()?.json_schema(schema).map_err(|e| refuse(&e))
+    let mut schema = match schema {
+        Value::Object(o) if o.is_empty() => json!({"type": "object"}),
+        Value::Object(_) => schema.clone(),
+        Value::Bool(true) => {
+            json!({"type": ["object", "array", "string", "number", "boolean", "null"]})
         }
-        other => Err(fields::wrong("json_schema", "a schema object", other)),
+        other => return Err(fields::wrong("json_schema", "a schema object", other)),
+    };
+    if let Some(schema) = schema.as_object_mut() {
+        schema
+            .entry("x-guidance")
+            .or_insert(json!({"whitespace_pattern": JSON_SPACE}));
     }
+    app.grammars()?.json_schema(&schema).map_err(|e| refuse(&e))
 }
 
 struct CancelGuard(Arc<AtomicBool>);

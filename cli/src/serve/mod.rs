@@ -185,7 +185,14 @@ fn load(args: args::Args, path: &std::path::Path) -> Result<(App, std::thread::J
     )?;
     let thread = std::thread::Builder::new()
         .name("engine".into())
-        .spawn(move || scheduler.run())
+        .spawn(move || {
+            let run = std::panic::AssertUnwindSafe(|| scheduler.run());
+            if std::panic::catch_unwind(run).is_err() {
+                // Without it nothing can be answered; a supervisor will start us anew.
+                let _ = writeln!(std::io::stderr(), "error: the engine's thread failed");
+                std::process::exit(1);
+            }
+        })
         .context("starting the engine's thread")?;
     // Broken server-wide defaults are found now, not by the first client.
     fields::Settings::read(&serde_json::json!({}), &args.defaults, &model.tokenizer)

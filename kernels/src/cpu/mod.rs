@@ -119,6 +119,8 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => Some(avx2::attend::KERNELS),
         _ => None,
     }
 }
@@ -137,6 +139,12 @@ pub(crate) fn recur(isa: Isa) -> HeadKernels {
         Isa::Avx512 => HeadKernels {
             recurrent: avx512::recur::recurrent,
             chunked: avx512::recur::chunked,
+            chunked_from: usize::MAX,
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => HeadKernels {
+            recurrent: avx2::recur::recurrent,
+            chunked: avx2::recur::chunked,
             chunked_from: usize::MAX,
         },
         _ => HeadKernels {

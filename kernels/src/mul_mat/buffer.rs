@@ -2,6 +2,7 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Size and alignment of a huge page on x86-64 and AArch64 Linux.
 const HUGE_PAGE: usize = 2 << 20;
@@ -11,7 +12,16 @@ const HUGE_PAGE: usize = 2 << 20;
 pub(crate) struct Buffer {
     start: *mut u8,
     layout: Layout,
+    /// Whose memory it is a piece of; `None` if it is its own.
+    slab: Option<Arc<Buffer>>,
 }
+
+/// Memory that [`Buffer::in_slab`] cuts pieces from.
+const SLAB: usize = 16 * HUGE_PAGE;
+
+/// The newest slab and how much of it is taken. Nothing is taken twice; a slab lives as long as
+/// its pieces.
+static NEWEST: Mutex<Option<(Arc<Buffer>, usize)>> = Mutex::new(None);
 
 // SAFETY: a Buffer owns its memory like a Box<[u8]>.
 unsafe impl Send for Buffer {}
@@ -45,7 +55,34 @@ impl Buffer {
             // SAFETY: the whole allocation is ours to write.
             unsafe { start.write_bytes(0, layout.size()) };
         }
-        Buffer { start, layout }
+        Buffer {
+            start,
+            layout,
+            slab: None,
+        }
+    }
+
+    /// `len` zero bytes for weights: small matrices lie side by side in a slab, so that they too
+    /// are on huge pages.
+    pub(crate) fn in_slab(len: usize) -> Buffer {
+        if len > SLAB / 2 {
+            return Buffer::zeroed(len);
+        }
+        let layout = Layout::from_size_align(len.max(64), 64).expect("buffer length");
+        let size = layout.size().next_multiple_of(64);
+        let mut newest = NEWEST.lock().unwrap_or_else(PoisonError::into_inner);
+        let (slab, taken) = match newest.take() {
+            Some((slab, taken)) if taken + size <= slab.len() => (slab, taken),
+            _ => (Arc::new(Buffer::zeroed(SLAB)), 0),
+        };
+        // SAFETY: within the slab.
+        let start = unsafe { slab.start.add(taken) };
+        *newest = Some((Arc::clone(&slab), taken + size));
+        Buffer {
+            start,
+            layout,
+            slab: Some(slab),
+        }
     }
 
     /// At least `len` bytes; contents are kept only if no growth was needed.
@@ -58,8 +95,10 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
-        unsafe { dealloc(self.start, self.layout) }
+        if self.slab.is_none() {
+            // SAFETY: allocated with this layout.
+            unsafe { dealloc(self.start, self.layout) }
+        }
     }
 }
 
@@ -80,8 +119,29 @@ impl DerefMut for Buffer {
 
 impl Clone for Buffer {
     fn clone(&self) -> Buffer {
-        let mut copy = Buffer::zeroed(self.layout.size());
+        let mut copy = Buffer::in_slab(self.layout.size());
         copy.copy_from_slice(self);
         copy
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_of_slabs_are_zero_apart_and_outlive_each_other() {
+        let mut pieces: Vec<Buffer> = (0..40).map(|i| Buffer::in_slab(i * 100_003)).collect();
+        for (i, piece) in pieces.iter_mut().enumerate() {
+            assert_eq!(piece.as_ptr() as usize % 64, 0);
+            assert!(piece.len() >= i * 100_003);
+            assert!(piece.iter().all(|&b| b == 0));
+            piece.fill(i as u8);
+        }
+        pieces.retain(|piece| piece[0] % 2 == 1);
+        for piece in &pieces {
+            assert!(piece.iter().all(|&b| b == piece[0]));
+            assert_eq!(**piece, *piece.clone());
+        }
     }
 }

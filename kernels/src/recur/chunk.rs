@@ -166,7 +166,7 @@ pub(crate) unsafe fn chunked(
     for start in (0..x.n_tokens).step_by(CHUNK) {
         let n = CHUNK.min(x.n_tokens - start);
         gather(&mut w, x, head, start, n);
-        step(&mut w, x.rule, n, &mut product);
+        step(&mut w, x, head, start, n, &mut product);
         for i in 0..n {
             let from = &w.out[i * dim_v..][..x.head_dim_v];
             // SAFETY: row `start + i` of this head, by the caller's promise.
@@ -200,10 +200,6 @@ fn gather(w: &mut Chunk<'_>, x: &Inputs<'_>, head: usize, start: usize, n: usize
         let k = &x.k[(t * x.n_head_k + head_k) * dk..][..dk];
         let q = &x.q[(t * x.n_head + head) * dk..][..dk];
         let v = &x.v[(t * x.n_head_k + head_k) * dv..][..dv];
-        // Rows of a head lie far apart: ask for the next chunk's.
-        prefetch(k, CHUNK * x.n_head_k * dk);
-        prefetch(q, CHUNK * x.n_head * dk);
-        prefetch(v, CHUNK * x.n_head_k * dv);
         let scale = inverse_norm(x.rule, k) * further_k;
         for (to, from) in keys[i * w.dim_k..][..dk].iter_mut().zip(k) {
             *to = from * scale;
@@ -272,29 +268,32 @@ fn transpose(from: &[f32], ld_from: usize, to: &mut [f32], ld_to: usize) {
     }
 }
 
-/// Asks for the cache lines of `row` as it lies `ahead` numbers further on, which may be nowhere.
+/// Asks for the cache lines of `n` numbers of `x` from `first` on, which may be past its end.
 #[inline(always)]
-fn prefetch(row: &[f32], ahead: usize) {
+fn prefetch(x: &[f32], first: usize, n: usize) {
     #[cfg(target_arch = "x86_64")]
-    for i in (0..row.len()).step_by(16) {
+    for i in (0..n).step_by(16) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: every x86-64 has it; a prefetch never faults and changes no value.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(row.as_ptr().wrapping_add(ahead + i).cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(x.as_ptr().wrapping_add(first + i).cast()) }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (row, ahead);
+    let _ = (x, first, n);
 }
 
-/// One chunk, of which `n` tokens count.
+/// The chunk of tokens `start..start + n`, gathered.
 #[inline(always)]
 fn step(
     w: &mut Chunk<'_>,
-    rule: Rule,
+    x: &Inputs<'_>,
+    head: usize,
+    start: usize,
     n: usize,
     product: &mut impl FnMut(&Product, *const f32, *const f32, *mut f32, &mut Buffer),
 ) {
-    let (dim_k, dim_v) = (w.dim_k, w.dim_v);
+    let (dim_k, dim_v, rule) = (w.dim_k, w.dim_v, x.rule);
     let width = dim_v + CHUNK;
+    let head_k = head / (x.n_head / x.n_head_k);
     // Ssd never asks what the state holds for a key.
     let skip = if rule == Rule::Ssd { CHUNK } else { 0 };
     let shape = Product {
@@ -318,6 +317,11 @@ fn step(
         from_state[i] = if w.segment[i] == 0 { exp(w.g[i]) } else { 0.0 };
     }
     for i in 0..CHUNK {
+        // Rows of a head lie far apart: ask for the next chunk's while there is other work.
+        let t = start + CHUNK + i;
+        prefetch(x.k, (t * x.n_head_k + head_k) * x.head_dim_k, x.head_dim_k);
+        prefetch(x.q, (t * x.n_head + head) * x.head_dim_k, x.head_dim_k);
+        prefetch(x.v, (t * x.n_head_k + head_k) * x.head_dim_v, x.head_dim_v);
         // One vector loop over a whole row costs less than stopping at the diagonal.
         let mut decay = [0f32; CHUNK];
         for j in 0..CHUNK {

@@ -190,15 +190,21 @@ unsafe fn strip<const N: usize, const CUT: bool>(
                 }
             } else {
                 let mut held = [[zero; N]; 2];
-                for i in 0..dim_k {
-                    let row = state.add(i * ld);
-                    if t == 0 {
-                        prefetch(row.wrapping_add(8 * ld));
-                    }
-                    let k = _mm512_set1_ps(*k.add(i));
-                    for j in 0..N {
-                        let s = _mm512_maskz_loadu_ps(mask(j), row.add(j * 16));
-                        held[i % 2][j] = _mm512_fmadd_ps(k, s, held[i % 2][j]);
+                for i in (0..dim_k).step_by(2) {
+                    // Indices known here keep the sums in registers.
+                    for (u, held) in held.iter_mut().enumerate() {
+                        if i + u == dim_k {
+                            break;
+                        }
+                        let row = state.add((i + u) * ld);
+                        if t == 0 {
+                            prefetch(row.wrapping_add(8 * ld));
+                        }
+                        let k = _mm512_set1_ps(*k.add(i + u));
+                        for j in 0..N {
+                            let s = _mm512_maskz_loadu_ps(mask(j), row.add(j * 16));
+                            held[j] = _mm512_fmadd_ps(k, s, held[j]);
+                        }
                     }
                 }
                 for j in 0..N {
