@@ -3,7 +3,7 @@
 use crate::args::{human_bytes, parse_kv, parse_positive};
 use anyhow::{Result, bail};
 use mneme_engine::engine::{N_UBATCH, kv_name};
-use mneme_engine::gguf::{Gguf, Value};
+use mneme_engine::gguf::{GgmlType, Gguf, TensorInfo, Value};
 use mneme_engine::hparams::Hparams;
 use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout};
 use serde_json::{Map, json};
@@ -122,7 +122,9 @@ fn print_all(out: &mut impl Write, args: &Args, gguf: &Gguf) -> Result<()> {
             )?;
         }
     }
-    writeln!(out)?;
+    if !gguf.tensors().is_empty() {
+        writeln!(out)?;
+    }
     for (ty, total) in totals(gguf) {
         writeln!(
             out,
@@ -147,18 +149,19 @@ fn print_all(out: &mut impl Write, args: &Args, gguf: &Gguf) -> Result<()> {
             )?;
             writeln!(
                 out,
-                "  weights {}, work space {}",
+                "  weights {}, work space {}; loading alone peaks at {}",
                 human_bytes(estimate.weight_bytes as f64),
-                human_bytes(estimate.work_bytes as f64)
+                human_bytes(estimate.work_bytes as f64),
+                human_bytes(estimate.load_bytes as f64)
             )?;
             for m in &estimate.memories {
                 writeln!(
                     out,
-                    "  {:<34} {:>12} cells  {:>12}  total {:>12}",
+                    "  {:<34} {:>12} cells  {:>12}  peak {:>12}",
                     m.memory,
                     m.n_cells,
                     human_bytes(m.n_bytes as f64),
-                    human_bytes((estimate.weight_bytes + estimate.work_bytes + m.n_bytes) as f64)
+                    human_bytes(m.peak_bytes as f64)
                 )?;
             }
         }
@@ -244,6 +247,8 @@ struct Estimate {
     weight_bytes: u64,
     /// Activations of one pass, logits, vocabulary.
     work_bytes: u64,
+    /// Peak while loading: interleaved copies, vocabulary, and the file's pages of the largest tensor beside its copy.
+    load_bytes: u64,
     memories: Vec<MemoryEstimate>,
 }
 
@@ -252,7 +257,10 @@ struct Estimate {
 struct MemoryEstimate {
     memory: String,
     n_cells: usize,
+    /// Keys, values and states.
     n_bytes: u64,
+    /// The whole process at its largest: loading, or running with the memory full.
+    peak_bytes: u64,
 }
 
 impl Estimate {
@@ -275,14 +283,32 @@ impl Estimate {
             ty_v: args.cache_type_v,
         };
         let page_bytes = layout.page_bytes() as u64 * hp.n_layer as u64;
-        let memory =
-            |memory: String, n_cells: usize, n_regions: usize, state_bytes: u64| MemoryEstimate {
+        let tied = gguf.tensor("output.weight").is_none();
+        // Without tying, of the token embeddings only the rows that are read come into memory.
+        let used = |t: &&TensorInfo| tied || t.name != "token_embd.weight";
+        let weight_bytes: u64 = gguf.tensors().iter().filter(used).map(|t| t.n_bytes).sum();
+        // Of these types the engine makes interleaved copies; the others stay mapped and come in when first read.
+        let copied = |t: &&TensorInfo| {
+            use GgmlType::{BF16, F16, F32, Q4_0, Q4_K, Q6_K, Q8_0};
+            used(t) && matches!(t.ty, F32 | F16 | BF16 | Q8_0 | Q4_0 | Q4_K | Q6_K)
+        };
+        let copies = || gguf.tensors().iter().filter(copied).map(|t| t.n_bytes);
+        // Texts, merges and look-up tables, measured on a vocabulary of 150,000.
+        let vocabulary = (hp.n_vocab * 150) as u64;
+        let row = 4 * hp.n_embd + 3 * hp.n_ff + 2 * (hp.n_head + 2 * hp.n_head_kv) * hp.head_dim;
+        let work_bytes = (N_UBATCH * row * 4 + hp.n_vocab * 8) as u64 + vocabulary;
+        let load_bytes = copies().sum::<u64>() + copies().max().unwrap_or(0) + vocabulary;
+        let memory = |memory: String, n_cells: usize, n_regions: usize, state_bytes: u64| {
+            // Each region may leave a page partly filled.
+            let pages = (n_cells.div_ceil(PAGE_CELLS) + n_regions - 1) as u64;
+            let n_bytes = pages * page_bytes + state_bytes;
+            MemoryEstimate {
                 memory,
                 n_cells,
-                // Each region may leave a page partly filled.
-                n_bytes: (n_cells.div_ceil(PAGE_CELLS) + n_regions - 1) as u64 * page_bytes
-                    + state_bytes,
-            };
+                n_bytes,
+                peak_bytes: load_bytes.max(weight_bytes + work_bytes + n_bytes),
+            }
+        };
         let Args { window, sinks, .. } = *args;
         // A pass is written before what left the window is freed.
         let spanned = n_ctx.min(window + sinks + N_UBATCH);
@@ -326,19 +352,12 @@ impl Estimate {
             }
             _ => {}
         }
-        let tied = gguf.tensor("output.weight").is_none();
-        // Without tying, of the token embeddings only the rows that are read come into memory.
-        let unread = match gguf.tensor("token_embd.weight") {
-            Some(t) if !tied => t.n_bytes,
-            _ => 0,
-        };
-        let row = 4 * hp.n_embd + 3 * hp.n_ff + 2 * (hp.n_head + 2 * hp.n_head_kv) * hp.head_dim;
-        let vocabulary = (hp.n_vocab * 250) as u64;
         Ok(Estimate {
             n_ctx,
             cell_bytes: (page_bytes / PAGE_CELLS as u64) as usize,
-            weight_bytes: gguf.tensors().iter().map(|t| t.n_bytes).sum::<u64>() - unread,
-            work_bytes: (N_UBATCH * row * 4 + hp.n_vocab * 8) as u64 + vocabulary,
+            weight_bytes,
+            work_bytes,
+            load_bytes,
             memories,
         })
     }
