@@ -12,7 +12,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 setup: ## install what building needs (Debian, Ubuntu)
-	tools/setup.sh
+	./setup
 
 build: ## the program, optimised: target/release/mneme
 	$(CARGO) build --release

@@ -2,11 +2,13 @@
 //! spelled the same, its several-letter short forms (`-ctk`, `-hf`) included.
 
 use crate::progress::{Progress, Unit};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use mneme_engine::engine::{KV_TYPES, N_UBATCH, kv_type};
+use mneme_engine::grammar::{Grammar, GrammarVocab};
 use mneme_engine::memory::{MEMORIES, spec::MemorySpec};
 use mneme_engine::ops::Cpu;
 use mneme_engine::sampler::{SamplerKind, SamplerParams};
+use mneme_engine::tokenizer::Tokenizer;
 use mneme_engine::{Engine, LoadOptions, Model, Sequence, SequenceOptions};
 use mneme_kernels::attend::{KvType, PageLayout};
 use std::ffi::OsString;
@@ -412,6 +414,54 @@ impl SamplingArgs {
         };
         params.validate()?;
         Ok(params)
+    }
+}
+
+/// What an answer's text must look like.
+#[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Constraint")]
+#[group(multiple = false)]
+pub struct GrammarArgs {
+    /// Grammar in GBNF
+    #[arg(long, value_name = "TEXT")]
+    pub grammar: Option<String>,
+    /// File with a grammar in GBNF
+    #[arg(long, value_name = "FILE")]
+    pub grammar_file: Option<PathBuf>,
+    /// JSON schema; `{}` for any object
+    #[arg(short, long, value_name = "JSON")]
+    pub json_schema: Option<String>,
+    /// File with a JSON schema (short: -jf)
+    #[arg(long, value_name = "FILE")]
+    pub json_schema_file: Option<PathBuf>,
+    /// Regular expression for the whole answer
+    #[arg(long, value_name = "REGEX")]
+    pub regex: Option<String>,
+}
+
+impl GrammarArgs {
+    /// The grammar asked for.
+    pub fn build(&self, tokenizer: &Tokenizer) -> Result<Option<Grammar>> {
+        let read =
+            |path: &PathBuf| std::fs::read_to_string(path).context(path.display().to_string());
+        let vocab = || GrammarVocab::new(tokenizer);
+        let schema = |text: &str| -> Result<Grammar> {
+            let schema = serde_json::from_str(text).context("json schema")?;
+            Ok(vocab()?.json_schema(&schema)?)
+        };
+        Ok(Some(if let Some(text) = &self.grammar {
+            vocab()?.gbnf(text)?
+        } else if let Some(path) = &self.grammar_file {
+            vocab()?.gbnf(&read(path)?)?
+        } else if let Some(text) = &self.json_schema {
+            schema(text)?
+        } else if let Some(path) = &self.json_schema_file {
+            schema(&read(path)?)?
+        } else if let Some(pattern) = &self.regex {
+            vocab()?.regex(pattern)?
+        } else {
+            return Ok(None);
+        }))
     }
 }
 

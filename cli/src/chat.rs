@@ -4,12 +4,13 @@
 //! When a template changes what came before (some leave out old reasoning), the sequence goes back
 //! to where the texts part.
 
-use crate::args::{self, MemoryArgs, ModelArgs, SamplingArgs, human_bytes, parse_positive};
+use crate::args::{GrammarArgs, MemoryArgs, ModelArgs, SamplingArgs, human_bytes, parse_positive};
 use crate::generate::{Limits, Speaker, Stop};
 use crate::interrupt::{self, Interrupted};
 use crate::saved::Saved;
 use anyhow::{Context, Result, bail};
 use mneme_engine::chat::{ChatTemplate, RenderInput};
+use mneme_engine::grammar::Grammar;
 use mneme_engine::sampler::{Sampler, SamplerParams};
 use mneme_engine::{Engine, Error, Sequence};
 use rustyline::error::ReadlineError;
@@ -60,6 +61,8 @@ pub struct Args {
     memory: MemoryArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    grammar: GrammarArgs,
 }
 
 const HELP: &str = "\
@@ -101,6 +104,8 @@ struct Chat<'a> {
     turns: Vec<Turn>,
     /// Text of files for the next message.
     draft: String,
+    /// As it stands before an answer.
+    grammar: Option<Grammar>,
     n_predict: i64,
     stops: Vec<String>,
     n_said: usize,
@@ -138,6 +143,7 @@ pub fn run(args: &Args) -> Result<()> {
         rendered: String::new(),
         turns: Vec::new(),
         draft: String::new(),
+        grammar: args.grammar.build(&model.tokenizer)?,
         n_predict: args.n_predict,
         stops: args.reverse_prompt.clone(),
         n_said: 0,
@@ -367,6 +373,7 @@ impl Chat<'_> {
             engine: &mut self.engine,
             seq: &mut self.seq,
             sampler: &mut self.sampler,
+            grammar: None,
             pending: std::mem::take(&mut self.pending),
         };
         match speaker.read(&tokens, self.args.batch_size) {
@@ -431,6 +438,7 @@ impl Chat<'_> {
             engine: &mut self.engine,
             seq: &mut self.seq,
             sampler: &mut self.sampler,
+            grammar: self.grammar.clone(),
             pending: Vec::new(),
         };
         let answer = speaker.answer(logits, &limits, |text| {
@@ -483,6 +491,7 @@ impl Chat<'_> {
                 engine: &mut self.engine,
                 seq: &mut self.seq,
                 sampler: &mut sampler,
+                grammar: None,
                 pending: Vec::new(),
             };
             speaker.read(rest, self.args.batch_size)?;
@@ -515,7 +524,11 @@ impl Chat<'_> {
             {
                 self.seq.mark();
             }
-            self.read(text.to_owned())?;
+            // Not its last words: with what follows they may become other tokens.
+            let sure = &text[..whole_words(text)];
+            if sure.len() > self.rendered.len() {
+                self.read(sure.to_owned())?;
+            }
         }
         Ok(format!(
             "{} tokens read; ask about them",
@@ -666,6 +679,18 @@ impl Chat<'_> {
     }
 }
 
+/// Length of the longest beginning of `text` that ends before a space between two words, where no
+/// tokenizer joins what comes before with what comes after.
+fn whole_words(text: &str) -> usize {
+    let between = |at: &usize| {
+        let before = text[..*at].chars().next_back();
+        let after = text[*at + 1..].chars().next();
+        before.is_some_and(char::is_alphanumeric) && after.is_some_and(char::is_alphabetic)
+    };
+    let mut spaces = text.match_indices(' ').map(|(at, _)| at).rev();
+    spaces.find(between).unwrap_or(0)
+}
+
 /// Whether writing to stdout failed: then there is nobody to go on for.
 fn is_output(e: &anyhow::Error) -> bool {
     e.chain().any(|c| {
@@ -681,4 +706,18 @@ fn history_file() -> Option<PathBuf> {
         None => PathBuf::from(std::env::var_os("HOME")?).join(".local/state"),
     };
     Some(state.join("mneme").join("history"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_cut_between_words() {
+        assert_eq!(whole_words("the cat is on it."), "the cat is on".len());
+        assert_eq!(whole_words("the cat. On  it"), "the".len());
+        assert_eq!(whole_words("été là"), "été".len());
+        assert_eq!(whole_words("word"), 0);
+        assert_eq!(whole_words(""), 0);
+    }
 }

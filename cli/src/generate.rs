@@ -3,6 +3,7 @@
 use crate::interrupt::{self, Interrupted};
 use crate::progress::{Progress, Unit};
 use anyhow::Result;
+use mneme_engine::grammar::Grammar;
 use mneme_engine::sampler::Sampler;
 use mneme_engine::{Engine, Error, Feed, Sequence, Want};
 use serde::Serialize;
@@ -12,7 +13,7 @@ use std::time::Instant;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stop {
-    /// The model said a token that ends a text.
+    /// The model said a token that ends a text, or the grammar allows no more.
     Eos,
     /// One of the stop texts appeared.
     Word,
@@ -54,6 +55,8 @@ pub struct Speaker<'a> {
     pub seq: &'a mut Sequence,
     /// Chooses tokens.
     pub sampler: &'a mut Sampler,
+    /// What the answer must look like.
+    pub grammar: Option<Grammar>,
     /// Tokens said and not yet read: the last of the answer before.
     pub pending: Vec<u32>,
 }
@@ -94,6 +97,17 @@ impl Speaker<'_> {
         Ok(self.engine.step(&mut [feed])?.swap_remove(0))
     }
 
+    /// The next token by sampler and grammar.
+    fn choose(&mut self, logits: &mut [f32]) -> Result<u32> {
+        let Some(grammar) = &mut self.grammar else {
+            return Ok(self.sampler.sample(logits));
+        };
+        grammar.mask(logits)?;
+        let id = self.sampler.sample(logits);
+        grammar.accept(id)?;
+        Ok(id)
+    }
+
     /// Goes on from `logits`, telling `show` every piece of text as it becomes certain. The last
     /// token of the answer is left pending.
     pub fn answer(
@@ -132,7 +146,7 @@ impl Speaker<'_> {
             }
             let id = match self.seq.forced_next() {
                 Some(id) => id,
-                None => self.sampler.sample(&logits),
+                None => self.choose(&mut logits)?,
             };
             self.sampler.accept(id);
             self.pending.push(id);
@@ -141,10 +155,8 @@ impl Speaker<'_> {
                 answer.stop = Stop::Eos;
                 break;
             }
-            if tokenizer.is_control(id) && !limits.special {
-                continue;
-            }
-            if let Some(text) = stream.push(id) {
+            let hidden = tokenizer.is_control(id) && !limits.special;
+            if !hidden && let Some(text) = stream.push(id) {
                 let (sure, hit) = filter.push(&text);
                 answer.text += &sure;
                 show(&sure)?;
@@ -152,6 +164,10 @@ impl Speaker<'_> {
                     answer.stop = Stop::Word;
                     break;
                 }
+            }
+            if self.grammar.as_ref().is_some_and(Grammar::is_stopped) {
+                answer.stop = Stop::Eos;
+                break;
             }
         }
         if answer.stop != Stop::Word {

@@ -1,25 +1,44 @@
 //! `mneme inspect`: what a GGUF file holds, and the memory it will take.
 
-use crate::args::{human_bytes, parse_kv, parse_positive};
+use crate::args::{CellArgs, MemoryArgs, ModelArgs, human_bytes, parse_kv, parse_positive};
+use crate::segments;
 use anyhow::{Result, bail};
 use mneme_engine::engine::{N_UBATCH, kv_name};
 use mneme_engine::gguf::{GgmlType, Gguf, TensorInfo, Value};
 use mneme_engine::hparams::Hparams;
+use mneme_engine::memory::spec::MemorySpec;
 use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout};
 use serde_json::{Map, json};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Arguments of `mneme inspect`.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  mneme inspect model.gguf -c 131072 --cache-type-k q8_0\n  mneme inspect model.gguf --key tokenizer.chat_template"
+    after_help = "Examples:\n  mneme inspect model.gguf -c 131072 --cache-type-k q8_0\n  \
+    mneme inspect model.gguf --key tokenizer.chat_template\n  \
+    mneme inspect -m nodes.gguf --segments book.txt -o book.html"
 )]
 pub struct Args {
     /// File (GGUF; of a split file, the first part)
-    #[arg(value_name = "FILE")]
-    file: PathBuf,
+    #[arg(value_name = "FILE", required_unless_present = "model")]
+    file: Option<PathBuf>,
+    /// The same, by a flag
+    #[arg(short, long, value_name = "FILE", conflicts_with = "file")]
+    model: Option<PathBuf>,
+    /// Write a page that shows how the memory cuts this text (UTF-8) into segments
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["key", "json"])]
+    segments: Option<PathBuf>,
+    /// Where to write it [default: the text's name with .html]
+    #[arg(short, long, value_name = "FILE", requires = "segments")]
+    output: Option<PathBuf>,
+    /// Memory that cuts it [default: what the file was trained for]
+    #[arg(long, value_name = "NAME[:key=value,...]", requires = "segments")]
+    memory: Option<MemorySpec>,
+    /// Trained memory to lay over the model (GGUF adapter)
+    #[arg(long, value_name = "FILE", requires = "segments")]
+    memory_adapter: Option<PathBuf>,
     /// Context length of the estimates, tokens; 0: what the model was trained with
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     ctx_size: usize,
@@ -53,7 +72,14 @@ const MAX_ELEMENTS: usize = 6;
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let gguf = Gguf::open(&args.file)?;
+    let file = match (&args.file, &args.model) {
+        (Some(file), _) | (None, Some(file)) => file,
+        (None, None) => bail!("a model is needed"),
+    };
+    if let Some(text) = &args.segments {
+        return segments(args, file, text);
+    }
+    let gguf = Gguf::open(file)?;
     let mut out = io::BufWriter::new(io::stdout().lock());
     if let Some(key) = &args.key {
         print_key(&mut out, &gguf, key)?;
@@ -63,6 +89,34 @@ pub fn run(args: &Args) -> Result<()> {
         print_all(&mut out, args, &gguf)?;
     }
     out.flush()?;
+    Ok(())
+}
+
+/// Shows how the memory cuts `text`.
+fn segments(args: &Args, file: &Path, text: &Path) -> Result<()> {
+    let model = ModelArgs {
+        model: Some(file.to_owned()),
+        hf_repo: None,
+        memory_adapter: args.memory_adapter.clone(),
+        threads: None,
+        ubatch_size: N_UBATCH,
+    };
+    let memory = MemoryArgs {
+        memory: args.memory.clone(),
+        tau: None,
+        target_rate: None,
+        cells: CellArgs {
+            ctx_size: args.ctx_size,
+            cache_type_k: args.cache_type_k,
+            cache_type_v: args.cache_type_v,
+        },
+    };
+    let out = match &args.output {
+        Some(out) => out.clone(),
+        None => text.with_extension("html"),
+    };
+    segments::write_page(&model, &memory, text, &out)?;
+    writeln!(io::stdout(), "{}", out.display())?;
     Ok(())
 }
 

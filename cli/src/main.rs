@@ -49,7 +49,7 @@ struct Cli {
 enum Command {
     /// Go on with a text: from -p, a file or stdin
     Run(run::Args),
-    /// Talk with a model, with editing, sessions and a look into its memory
+    /// Talk with a model, with line editing, sessions and a look into its memory
     Chat(chat::Args),
     /// Serve a model over HTTP: llama.cpp's protocol, OpenAI's and Anthropic's
     Serve(serve::Args),
@@ -65,8 +65,6 @@ enum Command {
     Demo(demo::Args),
     /// What each memory remembers of a text, side by side
     Eval(eval::Args),
-    /// Segments
-    Segments(segments::Args),
     /// What a GGUF file holds, and the memory it will take
     Inspect(inspect::Args),
     /// The tokens of a text
@@ -87,7 +85,6 @@ impl Command {
             Command::Bench(args) => bench::run(&args),
             Command::Demo(args) => demo::run(&args),
             Command::Eval(args) => eval::run(args),
-            Command::Segments(args) => segments::run(&args),
             Command::Inspect(args) => inspect::run(&args),
             Command::Tokenize(args) => tokenize::run(&args),
             Command::Logits(args) => logits::run(&args),

@@ -1,6 +1,6 @@
 //! `mneme run`: goes on with a text.
 
-use crate::args::{self, MemoryArgs, ModelArgs, SamplingArgs, parse_positive};
+use crate::args::{self, GrammarArgs, MemoryArgs, ModelArgs, SamplingArgs, parse_positive};
 use crate::generate::{Limits, Speaker, Stop};
 use crate::interrupt::{self, Interrupted};
 use crate::saved::Saved;
@@ -17,6 +17,7 @@ use std::time::Instant;
 #[command(
     after_help = "Examples:\n  mneme run -m model.gguf -p \"Once upon a time\" -n 64\n  \
     mneme run -m model.gguf -f book.txt -n 100 --memory window:window=2048,sinks=4 --json\n  \
+    mneme run -m model.gguf -p 'A cat as JSON: ' -j '{}' -n 100\n  \
     echo 'The capital of France is' | mneme run -m model.gguf -n 8 --temp 0\n  \
     mneme run -m model.gguf -f book.txt -n 0 --session book.session   # read once\n  \
     mneme run -m model.gguf -p ' The end' -n 50 --session book.session # and go on"
@@ -64,6 +65,8 @@ pub struct Args {
     memory: MemoryArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    grammar: GrammarArgs,
 }
 
 impl Args {
@@ -163,6 +166,7 @@ pub fn run(args: &Args) -> Result<()> {
         engine: &mut engine,
         seq: &mut seq,
         sampler: &mut sampler,
+        grammar: args.grammar.build(tokenizer)?,
         pending: saved.pending,
     };
     if args.echo {

@@ -20,23 +20,6 @@ const STEP: usize = 32;
 /// Nodes over which the rate is also shown.
 const RECENT: usize = 16;
 
-/// TEMP
-#[derive(clap::Args)]
-pub struct Args {
-    #[arg(long)]
-    text: std::path::PathBuf,
-    #[arg(short, long)]
-    output: std::path::PathBuf,
-    #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    memory: MemoryArgs,
-}
-/// TEMP
-pub fn run(a: &Args) -> Result<()> {
-    write_page(&a.model, &a.memory, &a.text, &a.output)
-}
-
 /// Reads the text of `text` with the model's memory and writes the page to `out`.
 pub fn write_page(model: &ModelArgs, memory: &MemoryArgs, text: &Path, out: &Path) -> Result<()> {
     interrupt::watch();

@@ -15,7 +15,7 @@ fn every_memory_at_every_depth_has_its_rows() {
             "-n",
             "4",
             "-d",
-            "100,0",
+            "400,0",
             "-r",
             "2",
             "--no-peaks",
@@ -44,7 +44,7 @@ fn every_memory_at_every_depth_has_its_rows() {
             )
         })
         .collect();
-    let one = |m: &str| ["pp 0", "tg 0", "fill 0", "pp 100", "tg 100"].map(|t| format!("{m} {t}"));
+    let one = |m: &str| ["pp 0", "tg 0", "fill 0", "pp 400", "tg 400"].map(|t| format!("{m} {t}"));
     assert_eq!(
         names,
         [one("full"), one("window:window=16,sinks=2")].concat()

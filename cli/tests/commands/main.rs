@@ -6,6 +6,7 @@ mod errors;
 mod logits;
 mod perplexity;
 mod run;
+mod segments;
 
 use std::collections::HashMap;
 use std::io::Write;

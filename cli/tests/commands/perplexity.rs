@@ -21,9 +21,10 @@ fn memories_that_drop_nothing_agree_and_curves_cover_the_chunk() {
     let nll = full["nll"].as_f64().unwrap();
     assert!((full["perplexity"].as_f64().unwrap() - nll.exp()).abs() < 1e-9 * nll.exp());
     let wide = run(&["--memory", "window:window=500,sinks=4"]);
-    assert_eq!(full["nll"], wide["nll"]);
+    // A window sums its sinks apart from the rest: equal but for rounding.
+    assert!((wide["nll"].as_f64().unwrap() - nll).abs() < 1e-5 * nll);
     let narrow = run(&["--memory", "window:window=8,sinks=1"]);
-    assert_ne!(full["nll"], narrow["nll"]);
+    assert!((narrow["nll"].as_f64().unwrap() - nll).abs() > 1e-3);
     let curve = run(&["--by-position", "-o", text(&svg)]);
     assert_eq!(curve["nll"], full["nll"]);
     let buckets = curve["by_position"].as_array().unwrap();

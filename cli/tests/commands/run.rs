@@ -41,17 +41,23 @@ fn prompt_file_and_stdin_are_the_same() {
     let path = dir.path().join("prompt.txt");
     std::fs::write(&path, format!("{PROMPT}\n")).unwrap();
     let flags = ["-n", "8", "--temp", "0", "--ignore-eos"];
-    let args = |more: &[&str]| [&flags[..], more].concat();
-    let given = stdout(on("llama-tiny", "run", &args(&["-p", PROMPT])));
+    fn with<'a>(flags: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
+        [flags, more].concat()
+    }
+    let given = stdout(on("llama-tiny", "run", &with(&flags, &["-p", PROMPT])));
     assert_eq!(
-        stdout(on("llama-tiny", "run", &args(&["-f", text(&path)]))),
+        stdout(on("llama-tiny", "run", &with(&flags, &["-f", text(&path)]))),
         given
     );
     let model = model("llama-tiny");
     let mut command = mneme(&["run", "-m", text(&model)]);
     command.args(flags);
     assert_eq!(stdout(piped(command, PROMPT.as_bytes())), given);
-    let echoed = stdout(on("llama-tiny", "run", &args(&["-p", PROMPT, "--echo"])));
+    let echoed = stdout(on(
+        "llama-tiny",
+        "run",
+        &with(&flags, &["-p", PROMPT, "--echo"]),
+    ));
     assert_eq!(echoed, format!("{PROMPT}{given}"));
 }
 
