@@ -561,6 +561,17 @@ fn answers_in_a_language() {
         .filter_map(|e| e["content"].as_str())
         .collect();
     assert!(text == "yes" || text == "no", "{text}");
+    let body = json!({"prompt": PROMPT, "regex": "(ab|cd){3}", "max_tokens": 20});
+    let text = server.post("/completion", &body).ok()["content"].clone();
+    let text = text
+        .as_str()
+        .expect("text")
+        .replace("ab", "")
+        .replace("cd", "");
+    assert_eq!(text, "");
+    let lark = "%llguidance {}\nstart: \"x\" \"y\"";
+    let body = json!({"prompt": PROMPT, "grammar": lark, "max_tokens": 20});
+    assert_eq!(server.post("/completion", &body).ok()["content"], "xy");
     // A tool that must be called is called.
     let tools = json!([{"type": "function", "function": {"name": "test", "parameters": {
         "type": "object", "properties": {"success": {"type": "boolean", "const": true}}, "required": ["success"]}}}]);

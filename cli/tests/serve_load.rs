@@ -118,7 +118,7 @@ fn a_short_prompt_does_not_wait_for_a_long_one() {
         "llama-tiny",
         &["-c", "4096", "-np", "2", "-b", "4", "-ub", "4"],
     );
-    let long = json!({"prompt": "word and ".repeat(800), "n_predict": 1, "stream": true, "return_progress": true}).to_string();
+    let long = json!({"prompt": "word and ".repeat(450), "n_predict": 1, "stream": true, "return_progress": true}).to_string();
     let mut stream = server.connect();
     write!(
         stream,
@@ -220,7 +220,7 @@ fn kill_while_saving_leaves_the_old_file() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().to_str().expect("UTF-8");
     let flags = ["-c", "2048", "-np", "1", "--slot-save-path", path];
-    let body = json!({"prompt": "word and ".repeat(600), "n_predict": 2});
+    let body = json!({"prompt": "word and ".repeat(400), "n_predict": 2});
     let name = json!({"filename": "s.bin"});
     for round in 0..4 {
         let mut server = Server::start("llama-tiny", &flags);

@@ -458,6 +458,7 @@ pub fn schema() -> Map<String, Value> {
     );
     out.insert("logit_bias".into(), json!({"type": ["array", "object"]}));
     out.insert("json_schema".into(), json!({}));
+    out.insert("regex".into(), json!({"type": "string"}));
     let about =
         "Memory of the slot: NAME[:key=value,...]; another one than the slot has makes it anew";
     out.insert(

@@ -150,10 +150,22 @@ impl Generation {
 fn grammar(app: &App, body: &Value, settings: &Settings) -> ApiResult<Option<Grammar>> {
     let own = settings.0["grammar"].as_str().filter(|g| !g.is_empty());
     let schema = fields::get(body, "json_schema").or_else(|| app.args.defaults.get("json_schema"));
+    let regex = fields::text(body, "regex")?;
     match (own, schema) {
+        // As llama.cpp marks grammars in Lark's form.
+        (Some(text), _) if text.starts_with("%llguidance") => {
+            app.grammars()?.lark(text).map(Some).map_err(|e| refuse(&e))
+        }
         (Some(text), _) => app.grammars()?.gbnf(text).map(Some).map_err(|e| refuse(&e)),
         (None, Some(schema)) => schema_grammar(app, schema).map(Some),
-        (None, None) => Ok(None),
+        (None, None) => match regex.filter(|r| !r.is_empty()) {
+            Some(regex) => app
+                .grammars()?
+                .regex(regex)
+                .map(Some)
+                .map_err(|e| refuse(&e)),
+            None => Ok(None),
+        },
     }
 }
 
