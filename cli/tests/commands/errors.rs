@@ -96,6 +96,21 @@ fn wrong_arguments() {
             1,
             "`full` takes no options",
         ),
+        (
+            &["run", "-m", model, "-p", "a", "--grammar", "root ::= ("],
+            1,
+            "gbnf grammar, line 1",
+        ),
+        (
+            &["run", "-m", model, "-p", "a", "-j", "{"],
+            1,
+            "json schema",
+        ),
+        (
+            &["run", "-m", model, "-p", "a", "-j", "{}", "--regex", "a"],
+            2,
+            "cannot be used with",
+        ),
         (&["run", "-m", model, "-f", "missing.txt"], 1, "missing.txt"),
         (
             &["run", "-m", model, "-p", "a", "--memory-adapter", model],

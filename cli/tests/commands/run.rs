@@ -89,6 +89,34 @@ fn a_stop_text_ends_the_answer_and_is_not_shown() {
 }
 
 #[test]
+fn a_grammar_shapes_the_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vote.gbnf");
+    std::fs::write(&path, "root ::= (\"yes\" | \"no\") \"!\"\n").unwrap();
+    for seed in ["1", "2", "3"] {
+        let flags = [
+            "-p", "Well?", "-s", seed, "-n", "40", "--temp", "2", "--json",
+        ];
+        let run = |more: &[&str]| json(on("qwen2-tiny", "run", &[&flags[..], more].concat()));
+        let vote = run(&["--grammar-file", text(&path)]);
+        assert!(
+            ["yes!", "no!"].contains(&vote["text"].as_str().unwrap()),
+            "{vote}"
+        );
+        assert_eq!(vote["stop"], "eos");
+        let number = run(&["--regex", "[0-9]{3}"]);
+        let said = number["text"].as_str().unwrap();
+        assert!(said.len() == 3 && said.parse::<u32>().is_ok(), "{number}");
+        let schema = r#"{"type": "object", "properties": {"ok": {"type": "boolean"}},
+            "required": ["ok"], "additionalProperties": false}"#;
+        let object = run(&["-j", schema]);
+        let object: serde_json::Value =
+            serde_json::from_str(object["text"].as_str().unwrap()).unwrap();
+        assert!(object["ok"].is_boolean());
+    }
+}
+
+#[test]
 fn a_session_goes_on_as_if_it_had_never_stopped() {
     let cases = [
         ("qwen2-tiny", "full"),
