@@ -112,10 +112,14 @@ impl GrammarVocab {
             other => other,
         };
         check("json schema", &schema.to_string())?;
-        self.compile(
-            "json schema",
-            TopLevelGrammar::from_json_schema(schema.clone()),
-        )
+        let mut schema = schema.clone();
+        if let Value::Object(fields) = &mut schema {
+            // White space between tokens of JSON ends: a weak model would go on with it for ever.
+            fields.entry("x-guidance").or_insert_with(
+                || json!({"whitespace_pattern": r"\x20|\x0A{1,2}[\x20\x09]{0,20}"}),
+            );
+        }
+        self.compile("json schema", TopLevelGrammar::from_json_schema(schema))
     }
 
     /// Text that a regular expression matches as a whole.
