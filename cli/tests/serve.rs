@@ -561,6 +561,17 @@ fn answers_in_a_language() {
         .filter_map(|e| e["content"].as_str())
         .collect();
     assert!(text == "yes" || text == "no", "{text}");
+    let body = json!({"prompt": PROMPT, "regex": "(ab|cd){3}", "max_tokens": 20});
+    let text = server.post("/completion", &body).ok()["content"].clone();
+    let text = text
+        .as_str()
+        .expect("text")
+        .replace("ab", "")
+        .replace("cd", "");
+    assert_eq!(text, "");
+    let lark = "%llguidance {}\nstart: \"x\" \"y\"";
+    let body = json!({"prompt": PROMPT, "grammar": lark, "max_tokens": 20});
+    assert_eq!(server.post("/completion", &body).ok()["content"], "xy");
     // A tool that must be called is called.
     let tools = json!([{"type": "function", "function": {"name": "test", "parameters": {
         "type": "object", "properties": {"success": {"type": "boolean", "const": true}}, "required": ["success"]}}}]);
@@ -1098,4 +1109,55 @@ fn loading_signals_and_sockets() {
     server.signal("INT");
     assert_eq!(server.child.wait().expect("it ends").code(), Some(0));
     assert!(!path.exists());
+}
+
+#[test]
+fn a_prompt_known_to_another_slot_is_not_read_again() {
+    let server = tiny(&["-n", "-1"]);
+    let prompt = "The same long beginning of every prompt. ".repeat(4);
+    let body = json!({"prompt": prompt, "ignore_eos": true, "stream": true, "temperature": 0});
+    let mut stream = server.connect();
+    let text = body.to_string();
+    write!(
+        stream,
+        "POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{text}",
+        text.len()
+    )
+    .expect("sent");
+    let mut some = [0; 512];
+    stream.read_exact(&mut some).expect("it answers");
+    let body = json!({"prompt": prompt, "n_predict": 6, "temperature": 0});
+    let other = server.post("/completion", &body).ok();
+    assert_eq!(other["timings"]["prompt_n"], 1);
+    drop(stream);
+    server.idle_within(Duration::from_secs(2));
+    let body = json!({"prompt": prompt, "n_predict": 6, "temperature": 0, "cache_prompt": false});
+    let anew = server.post("/completion", &body).ok();
+    assert_eq!(anew["content"], other["content"]);
+    assert_eq!(anew["timings"]["cache_n"], 0);
+}
+
+#[test]
+fn answers_to_one_prompt_share_its_reading() {
+    let server = tiny(&["-np", "4", "-c", "2048", "--metrics"]);
+    let body = json!({"prompt": PROMPT, "n": 4, "max_tokens": 10, "temperature": 1.5, "seed": 3, "cache_prompt": false});
+    let many = server.post("/v1/completions", &body).ok();
+    let many = many["choices"].as_array().expect("a list");
+    assert_eq!(many.len(), 4);
+    let read = |server: &Server| {
+        let text = server.get("/metrics").text();
+        let row = text
+            .lines()
+            .find(|l| l.starts_with("llamacpp:prompt_tokens_total "));
+        row.and_then(|r| r.rsplit(' ').next()?.parse::<u64>().ok())
+            .expect("a number")
+    };
+    let once = read(&server);
+    // Answer i is what seed 3 + i says alone.
+    for (i, answer) in many.iter().enumerate() {
+        let body = json!({"prompt": PROMPT, "max_tokens": 10, "temperature": 1.5, "seed": 3 + i, "cache_prompt": false});
+        let alone = server.post("/v1/completions", &body).ok();
+        assert_eq!(alone["choices"][0]["text"], answer["text"], "answer {i}");
+    }
+    assert_eq!(read(&server), 5 * once);
 }

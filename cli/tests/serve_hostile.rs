@@ -293,3 +293,88 @@ fn grammars_that_mean_harm() {
         lives(&server);
     }
 }
+
+#[test]
+fn mutated_bodies() {
+    use rand::{RngExt, SeedableRng, rngs::StdRng};
+    let server = Server::start("llama-tiny", &["-c", "512", "-np", "2", "-n", "3"]);
+    let seeds = [
+        (
+            "/completion",
+            json!({"prompt": ["a", 5, "b"], "n_predict": 2, "stop": ["x", "y"], "logit_bias": [[3, -1.5], ["a", false]], "stream": true, "samplers": "kt", "n_probs": 2}),
+        ),
+        (
+            "/v1/chat/completions",
+            json!({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "t"}]}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}],
+            "tool_choice": "required", "stream": true, "stream_options": {"include_usage": true}}),
+        ),
+        (
+            "/v1/chat/completions",
+            json!({"messages": [{"role": "user", "content": "u"}], "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "array", "items": {"enum": [1, "a", null]}}}}}),
+        ),
+        (
+            "/v1/messages",
+            json!({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "x"}]}], "thinking": {"type": "enabled"}}),
+        ),
+        (
+            "/v1/responses",
+            json!({"input": [{"type": "function_call", "call_id": "c", "name": "n", "arguments": "{}"}, {"role": "user", "content": "x"}]}),
+        ),
+        (
+            "/completion",
+            json!({"prompt": "x", "grammar": "root ::= [a-z]+ (\" \" root)?", "memory": "window:window=8,sinks=1"}),
+        ),
+    ];
+    let mut rng = StdRng::seed_from_u64(5);
+    let parts: [&[u8]; 12] = [
+        b"null",
+        b"-1",
+        b"1e400",
+        b"\"",
+        b"{",
+        b"]",
+        b"\xff",
+        b"\\u0000",
+        b"99999999999999999999",
+        b"true",
+        b"[[[[",
+        b",,",
+    ];
+    for round in 0..600 {
+        let (path, body) = &seeds[round % seeds.len()];
+        let mut bytes = body.to_string().into_bytes();
+        for _ in 0..rng.random_range(1..4) {
+            let at = rng.random_range(0..bytes.len());
+            match rng.random_range(0..4) {
+                0 => bytes[at] = rng.random(),
+                1 => drop(bytes.drain(at..(at + 6).min(bytes.len()))),
+                2 => {
+                    let part = parts[rng.random_range(0..parts.len())];
+                    bytes.splice(at..at, part.iter().copied());
+                }
+                _ => {
+                    let end = (at + rng.random_range(1..30)).min(bytes.len());
+                    let copy = bytes[at..end].to_vec();
+                    bytes.splice(at..at, copy);
+                }
+            }
+            if bytes.is_empty() {
+                bytes.push(b' ');
+            }
+        }
+        let is_json = serde_json::from_slice::<Value>(&bytes).is_ok();
+        let reply = server.send("POST", path, &[], &bytes);
+        let shown = String::from_utf8_lossy(&bytes);
+        match is_json {
+            true => assert!(
+                matches!(reply.status, 200 | 400),
+                "{} {shown}: {}",
+                reply.status,
+                reply.text()
+            ),
+            false => assert_eq!(reply.error(500).0, "server_error", "{shown}"),
+        }
+    }
+    lives(&server);
+}

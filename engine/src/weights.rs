@@ -242,7 +242,8 @@ impl Loader<'_> {
         };
         let output = self.matrix(head, hp.n_vocab, hp.n_embd)?;
         let freq_factors = self.vector_if("rope_freqs.weight", hp.n_rot / 2)?;
-        if let Some(bad) = freq_factors.iter().flatten().find(|f| !(**f > 0.0)) {
+        let divides = |f: &f32| f.is_finite() && *f > 0.0;
+        if let Some(bad) = freq_factors.iter().flatten().find(|f| !divides(f)) {
             return Err(Error::TensorType {
                 name: "rope_freqs.weight".into(),
                 ty: format!("value {bad}"),

@@ -375,17 +375,16 @@ const FLAGS: &[Flag] = &[
         "--embd-normalize", "--path", "--fit", "--fit-ctx", "--fit-target", "-dt", "--defrag-thold", "--slot-save-interval",
         "--mmproj", "--mmproj-url", "--media-path", "--models-dir", "--models-max", "--models-preset",
         "--sleep-idle-seconds", "--reasoning-budget-message", "--dry-sequence-breaker", "--adaptive-target",
-        "--adaptive-decay", "-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "--override-kv", "--ssl-key-file",
-        "--ssl-cert-file", "--grp-attn-n", "--grp-attn-w", "-gan", "-gaw", "--chat-template-tool-use", "--tools",
+        "--adaptive-decay", "-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "--grp-attn-n", "--grp-attn-w", "-gan", "-gaw", "--chat-template-tool-use", "--tools",
         "--webui-config", "--webui-config-file", "--ui-config", "--ui-config-file", "--checkpoint-every-n-tokens"],
         Text, "", "", ignore),
     flag(&["-md", "--model-draft", "--spec-draft-model", "--draft", "--draft-n", "--draft-max", "--draft-min", "--draft-p-min",
         "--spec-type", "--spec-draft-n-max", "--spec-draft-n-min", "--lora", "--lora-scaled", "--control-vector",
         "--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx", "--yarn-ext-factor",
-        "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast"], Text, "", "", not_here),
+        "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast", "--override-kv", "--ssl-key-file", "--ssl-cert-file"], Text, "", "", not_here),
 ];
 
-/// Flags that would change what the model computes, which we cannot do.
+/// Flags that would change what the model computes or what the wire carries, which we cannot do.
 fn not_here(_: &mut Args, _: &str) -> Result<()> {
     bail!("not supported by this server")
 }

@@ -26,6 +26,11 @@ struct Field {
     default: fn() -> Value,
 }
 
+/// Most strings of a list: every token is compared with all of them.
+const MAX_STRINGS: usize = 1024;
+/// Most biases: every token gets all of them.
+const MAX_BIASES: usize = 1 << 18;
+
 const I32: i64 = i32::MAX as i64;
 
 macro_rules! fields {
@@ -129,11 +134,13 @@ fn samplers(value: &Value) -> ApiResult<Value> {
     let names: Vec<&str> = match value {
         Value::String(letters) => letters
             .chars()
+            .take(MAX_STRINGS)
             .filter_map(|c| SAMPLERS.iter().find(|row| row.1 == c))
             .map(|row| row.0)
             .collect(),
         Value::Array(names) => names
             .iter()
+            .take(MAX_STRINGS)
             .filter_map(Value::as_str)
             .filter_map(|n| SAMPLERS.iter().find(|r| r.0 == n || r.2.contains(&n)))
             .map(|row| row.0)
@@ -218,6 +225,10 @@ impl Field {
                 _ => Err(wrong(name, "a string", value)),
             },
             Strings => match value.as_array() {
+                Some(all) if all.len() > MAX_STRINGS => {
+                    let most = format!("at most {MAX_STRINGS} strings");
+                    Err(wrong(name, &most, &json!(all.len())))
+                }
                 Some(all) if all.iter().all(Value::is_string) => Ok(value.clone()),
                 _ => Err(wrong(name, "a list of strings", value)),
             },
@@ -380,6 +391,10 @@ fn logit_bias(value: Option<&Value>, ignore_eos: bool, vocab: &Tokenizer) -> Api
             Value::String(text) => vocab.encode(text, false, false),
             other => return Err(wrong("logit_bias", "token ids or text", other)),
         };
+        if out.len() + ids.len() > MAX_BIASES {
+            let most = format!("at most {MAX_BIASES} biases");
+            return Err(wrong("logit_bias", &most, &json!(out.len() + ids.len())));
+        }
         for id in ids {
             out.push(json!({"bias": bias, "token": id}));
         }
@@ -443,6 +458,7 @@ pub fn schema() -> Map<String, Value> {
     );
     out.insert("logit_bias".into(), json!({"type": ["array", "object"]}));
     out.insert("json_schema".into(), json!({}));
+    out.insert("regex".into(), json!({"type": "string"}));
     let about =
         "Memory of the slot: NAME[:key=value,...]; another one than the slot has makes it anew";
     out.insert(

@@ -150,10 +150,22 @@ impl Generation {
 fn grammar(app: &App, body: &Value, settings: &Settings) -> ApiResult<Option<Grammar>> {
     let own = settings.0["grammar"].as_str().filter(|g| !g.is_empty());
     let schema = fields::get(body, "json_schema").or_else(|| app.args.defaults.get("json_schema"));
+    let regex = fields::text(body, "regex")?;
     match (own, schema) {
+        // As llama.cpp marks grammars in Lark's form.
+        (Some(text), _) if text.starts_with("%llguidance") => {
+            app.grammars()?.lark(text).map(Some).map_err(|e| refuse(&e))
+        }
         (Some(text), _) => app.grammars()?.gbnf(text).map(Some).map_err(|e| refuse(&e)),
         (None, Some(schema)) => schema_grammar(app, schema).map(Some),
-        (None, None) => Ok(None),
+        (None, None) => match regex.filter(|r| !r.is_empty()) {
+            Some(regex) => app
+                .grammars()?
+                .regex(regex)
+                .map(Some)
+                .map_err(|e| refuse(&e)),
+            None => Ok(None),
+        },
     }
 }
 
@@ -165,6 +177,54 @@ fn refuse(e: &mneme_engine::grammar::Error) -> ApiError {
 /// bound a model can go on with white space for ever.
 const JSON_SPACE: &str = r"\x20|\n{1,2}[\x20\t]{0,20}";
 
+/// Brings a schema into the form the grammar compiler knows: a list under `items` (schemas before
+/// 2020) becomes `prefixItems`; what speaks of items or properties without a type means that type.
+fn modernise(schema: &mut Value) {
+    let Value::Object(o) = schema else {
+        return;
+    };
+    if o.get("items").is_some_and(Value::is_array) && !o.contains_key("prefixItems") {
+        let items = o.remove("items").unwrap_or_default();
+        o.insert("prefixItems".into(), items);
+        let more = o.remove("additionalItems").unwrap_or(json!(false));
+        o.insert("items".into(), more);
+    }
+    let speaks = |names: [&str; 2]| names.iter().any(|name| o.contains_key(*name));
+    let kind = match (
+        speaks(["items", "prefixItems"]),
+        speaks(["properties", "required"]),
+    ) {
+        (true, false) => Some("array"),
+        (false, true) => Some("object"),
+        _ => None,
+    };
+    let other = ["type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"];
+    if let Some(kind) = kind.filter(|_| !other.iter().any(|name| o.contains_key(*name))) {
+        o.insert("type".into(), kind.into());
+    }
+    for name in [
+        "items",
+        "additionalProperties",
+        "not",
+        "if",
+        "then",
+        "else",
+        "contains",
+    ] {
+        o.get_mut(name).into_iter().for_each(modernise);
+    }
+    for name in ["anyOf", "oneOf", "allOf", "prefixItems"] {
+        let all = o.get_mut(name).and_then(Value::as_array_mut);
+        all.into_iter().flatten().for_each(modernise);
+    }
+    for name in ["properties", "patternProperties", "$defs", "definitions"] {
+        let all = o.get_mut(name).and_then(Value::as_object_mut);
+        all.into_iter()
+            .flat_map(|o| o.values_mut())
+            .for_each(modernise);
+    }
+}
+
 /// The language of JSON texts that `schema` accepts; an empty schema means any object.
 pub fn schema_grammar(app: &App, schema: &Value) -> ApiResult<Grammar> {
     let mut schema = match schema {
@@ -175,6 +235,7 @@ pub fn schema_grammar(app: &App, schema: &Value) -> ApiResult<Grammar> {
         }
         other => return Err(fields::wrong("json_schema", "a schema object", other)),
     };
+    modernise(&mut schema);
     if let Some(schema) = schema.as_object_mut() {
         schema
             .entry("x-guidance")
@@ -474,4 +535,27 @@ pub fn progress_json(head: &Head) -> Value {
         "processed": head.n_processed,
         "time_ms": head.elapsed.as_millis() as u64,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schemas_are_brought_up_to_date() {
+        let mut schema = json!({"properties": {
+            "items": {"items": [{"type": "integer"}]},
+            "type": {"required": ["x"]},
+            "any": {"anyOf": [{"items": {"type": "null"}}], "properties": {}},
+        }});
+        modernise(&mut schema);
+        assert_eq!(
+            schema,
+            json!({"type": "object", "properties": {
+                "items": {"type": "array", "prefixItems": [{"type": "integer"}], "items": false},
+                "type": {"type": "object", "required": ["x"]},
+                "any": {"anyOf": [{"type": "array", "items": {"type": "null"}}], "properties": {}},
+            }})
+        );
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::app::App;
 use super::errors::{ApiError, ApiResult};
-use super::fields::{get, wrong};
+use super::fields::{self, get, wrong};
 use serde_json::Value;
 
 /// Message for parts of a prompt that are no text.
@@ -77,7 +77,7 @@ pub fn infill(app: &App, body: &Value) -> ApiResult<Vec<u32>> {
             "Infill is not supported by this model: it has no tokens for prefix, suffix and middle",
         ));
     };
-    let text = |name: &str| Ok::<_, ApiError>(super::fields::text(body, name)?.unwrap_or(""));
+    let text = |name: &str| Ok::<_, ApiError>(fields::text(body, name)?.unwrap_or(""));
     let encode = |text: &str| vocab.encode(text, false, false);
     let mut extra = Vec::new();
     let files = match get(body, "input_extra") {
@@ -85,11 +85,9 @@ pub fn infill(app: &App, body: &Value) -> ApiResult<Vec<u32>> {
         Some(Value::Array(files)) => &files[..],
         Some(other) => return Err(wrong("input_extra", "a list of files", other)),
     };
-    if !files.is_empty() {
-        if let Some(repo) = ids.fim_repo {
-            extra.push(repo);
-            extra.extend(encode("myproject\n"));
-        }
+    if let Some(repo) = ids.fim_repo {
+        extra.push(repo);
+        extra.extend(encode("myproject\n"));
     }
     for file in files {
         let Some(content) = file.get("text").and_then(Value::as_str) else {
@@ -111,30 +109,34 @@ pub fn infill(app: &App, body: &Value) -> ApiResult<Vec<u32>> {
                 extra.push(sep);
                 extra.extend(encode(&format!("{name}\n")));
             }
-            None => extra.extend(encode(&format!("\n\n--- snippet ---\n\n"))),
+            None => extra.extend(encode("\n\n--- snippet ---\n\n")),
         }
         extra.extend(encode(content));
     }
-    if let (Some(sep), false) = (ids.fim_sep, files.is_empty()) {
+    if let Some(sep) = ids.fim_sep {
         extra.push(sep);
         extra.extend(encode("filename\n"));
     }
     let mut before = encode(text("input_prefix")?);
-    before.extend(encode(text("prompt")?));
+    let prompt = encode(text("prompt")?);
     let mut after = encode(text("input_suffix")?);
-    // The nearest text matters most: three quarters before the gap, one quarter after it.
+    // The nearest text matters most: three quarters of a batch before the gap, one after it.
     let n_batch = app.args.n_batch.min(app.n_ctx / 2).max(8);
-    before.drain(..before.len().saturating_sub(n_batch * 3 / 4));
-    after.truncate(n_batch / 4);
-    let room = app.n_ctx.saturating_sub(n_batch + 4) / 2;
+    before.drain(..before.len().saturating_sub(n_batch / 4 * 3));
+    after.truncate((n_batch / 4).saturating_sub(2 + prompt.len()));
+    let n_predict = fields::get(body, "n_predict")
+        .and_then(Value::as_u64)
+        .unwrap_or(0);
+    let room =
+        (app.n_ctx - n_batch).saturating_sub(2 * n_predict.min(u64::from(u32::MAX)) as usize);
     extra.drain(..extra.len().saturating_sub(room));
-    let mut out = Vec::new();
+    let mut out = extra;
     if vocab.add_bos() {
         out.extend(vocab.bos());
     }
-    out.extend(extra);
     out.push(prefix_id);
     out.extend(before);
+    out.extend(prompt);
     out.push(suffix_id);
     out.extend(after);
     out.push(middle_id);

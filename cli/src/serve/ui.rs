@@ -54,3 +54,44 @@ pub async fn style(app: Arc<App>, _: Call) -> ApiResult<Response> {
         "text/css; charset=utf-8",
     )
 }
+
+#[cfg(test)]
+mod tests {
+    const PAGE: &str = include_str!("ui/index.html");
+    const SCRIPT: &str = include_str!("ui/bundle.js");
+
+    #[test]
+    fn what_the_script_looks_for_is_on_the_page() {
+        let mut n = 0;
+        for part in SCRIPT.split("$(\"").skip(1) {
+            let id = part.split('"').next().unwrap_or("");
+            // Ids that are put together end in a dash.
+            if !id.ends_with('-') {
+                assert!(PAGE.contains(&format!("id=\"{id}\"")), "{id}");
+                n += 1;
+            }
+        }
+        assert!(n > 20, "{n} ids");
+    }
+
+    #[test]
+    fn the_page_needs_nobody_else_and_trusts_no_text() {
+        for text in [PAGE, include_str!("ui/bundle.css")] {
+            assert!(
+                !text.contains("http://") && !text.contains("https://") && !text.contains("url(")
+            );
+        }
+        for word in [
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+        ] {
+            assert!(!SCRIPT.contains(word), "{word}");
+        }
+        assert!(
+            !PAGE.contains("<script>") && !PAGE.contains(" style=") && !PAGE.contains(" onclick=")
+        );
+    }
+}

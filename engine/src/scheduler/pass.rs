@@ -14,7 +14,9 @@ const SHARED_PASS: Duration = Duration::from_millis(120);
 /// How long a pass may take when nobody does; a new request waits at most this long.
 const LONE_PASS: Duration = Duration::from_millis(800);
 /// Fewest prompt tokens of a pass.
-const MIN_SHARE: usize = 32;
+const MIN_SHARE: usize = 16;
+/// Prompt tokens of the first pass, from which the speed is learnt.
+const FIRST_SHARE: usize = 64;
 /// Tokens between two remembered states of a prompt that cannot be taken back token by token.
 const MARK_EVERY: usize = 2048;
 
@@ -61,6 +63,9 @@ impl Scheduler {
     fn start(&mut self, id: usize, waiting: Waiting) {
         let Waiting { job, head } = waiting;
         let (n_prompt, n_ctx) = (job.prompt.len(), self.options.n_ctx);
+        if n_prompt == 0 {
+            return job.refuse(Failure::Invalid("the prompt is empty".into()));
+        }
         let spec = job.memory.as_ref().unwrap_or(&self.options.memory).clone();
         if spec.name == "full" && n_prompt >= n_ctx {
             return job.refuse(Failure::Context { n_prompt, n_ctx });
@@ -180,7 +185,7 @@ impl Scheduler {
             .saturating_sub(n_writing)
             .max(1);
         let mut room = match self.speed {
-            0.0 => most,
+            0.0 => most.min(FIRST_SHARE),
             speed => {
                 let n = (speed * limit.as_secs_f64()) as usize;
                 (n / MIN_SHARE * MIN_SHARE).max(MIN_SHARE).min(most)

@@ -36,6 +36,10 @@ pub(crate) struct PageKernels {
 /// Where a head's cells end on this page, and how far the next page's are from there: what a
 /// kernel needs to ask memory for cells before it uses them.
 #[derive(Clone, Copy)]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "other kernels leave fetching to the processor")
+)]
 pub(crate) struct Ahead {
     pub(crate) end: *const u8,
     pub(crate) jump: isize,

@@ -121,6 +121,9 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
         Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => Some(avx2::attend::KERNELS),
+        // NEON is part of every AArch64: the lanes need no further caller.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => Some(lanes::attend::KERNELS),
         _ => None,
     }
 }
@@ -145,6 +148,12 @@ pub(crate) fn recur(isa: Isa) -> HeadKernels {
         Isa::Avx2 => HeadKernels {
             recurrent: avx2::recur::recurrent,
             chunked: avx2::recur::chunked,
+            chunked_from: usize::MAX,
+        },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => HeadKernels {
+            recurrent: lanes::recur::recurrent,
+            chunked: lanes::recur::chunked,
             chunked_from: usize::MAX,
         },
         _ => HeadKernels {

@@ -3,9 +3,11 @@
 //! With `G_i` the sum of log decays up to token `i` of the chunk and `D_ij = exp(G_i - G_j)`, the
 //! recurrence inside a chunk that starts from the state `S` is
 //!
+//! ```text
 //!     (I + L) E = beta (V - exp(G) K S)        L_ij = beta_i D_ij k_i·k_j   for j < i
 //!     out       = exp(G) Q S + M E             M_ij =        D_ij q_i·k_j   for j <= i
 //!     S'        = D_nj-weighted K^T E + exp(G_n) S
+//! ```
 //!
 //! Ssd has `E = beta V`. Only differences `G_i - G_j <= 0` are ever raised, so no decay, however
 //! strong, overflows. A reset between `j` and `i` makes `D_ij` zero, and so it does for `S`.

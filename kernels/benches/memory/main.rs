@@ -1,7 +1,13 @@
 //! Times `attend` and `recur` against what this machine can do: read bandwidth and F32 FMA peak,
-//! both measured here, in the same run. One Markdown table, then one JSON line.
+//! both measured here, in the same run, and against ggml's ops on the same shapes. One Markdown
+//! table, then one JSON line.
 //!
-//! `cargo bench -p mneme-kernels --bench memory [-- filter]`
+//! `cargo bench -p mneme-kernels --bench memory --features ggml-sys/native [-- filter]`:
+//! without `native` ggml is compiled for any processor, and slow.
+//! `--processor-time` counts what the busiest thread has run instead of the wall clock, for a
+//! machine that does other things too (ggml's second thread is not counted so: compare one).
+
+mod ggml;
 
 use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout, Sequence, Visible, attend};
 use mneme_kernels::dispatch;
@@ -18,6 +24,8 @@ struct Row {
     name: String,
     threads: usize,
     seconds: f64,
+    /// Seconds of ggml's op.
+    ggml: f64,
     tokens: f64,
     flops: f64,
     bytes: f64,
@@ -95,7 +103,7 @@ fn fastest(pool: &Pool, mut f: impl FnMut()) -> f64 {
     };
     f();
     let (mut best, start, mut n) = (f64::INFINITY, Instant::now(), 0);
-    while n < 5 || start.elapsed().as_secs_f64() < 0.5 {
+    while n < 3 || start.elapsed().as_secs_f64() < 0.5 {
         let before = clocks();
         let t = Instant::now();
         f();
@@ -324,10 +332,14 @@ fn decode(pool: &Pool, name: String, ty: KvType, cells: usize, total: usize) -> 
             attend(pool, &layout, n_head, 0.088, &mut [seq]);
         }
     }) / n_seqs as f64;
+    drop(pages);
+    let graph = ggml::flash_attn(ty, (n_head, 2, 128), 1, cells, n_seqs, pool.n_threads());
+    let ggml = fastest(pool, || graph.run()) / n_seqs as f64;
     Row {
         name,
         threads: pool.n_threads(),
         seconds,
+        ggml,
         tokens: 1.0,
         flops: (cells * n_head * 256 * 2) as f64,
         bytes: (per_seq * layout.page_bytes()) as f64,
@@ -366,10 +378,14 @@ fn prefill(pool: &Pool, name: String, ty: KvType, total: usize, window: u64) -> 
         };
         attend(pool, &layout, n_head, 0.088, &mut [seq]);
     });
+    // ggml has no window: it computes what the mask hides.
+    let graph = ggml::flash_attn(ty, (n_head, 2, 128), n_q, total, 1, pool.n_threads());
+    let ggml = fastest(pool, || graph.run());
     Row {
         name,
         threads: pool.n_threads(),
         seconds,
+        ggml,
         tokens: n_q as f64,
         flops: seen as f64 * (n_head * 256 * 2) as f64,
         bytes: 0.0,
@@ -428,10 +444,16 @@ fn recurrence(
     }) / n_seqs as f64;
     // Products of the recurrent form: S^T k (not in Ssd), the write, S^T q.
     let per_token = if rule == Rule::Ssd { 2 } else { 3 };
+    let graph = match rule {
+        Rule::Ssd => ggml::ssm_scan(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
+        _ => ggml::gated_delta_net(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
+    };
+    let ggml = fastest(pool, || graph.run()) / n_seqs as f64;
     Row {
         name,
         threads: pool.n_threads(),
         seconds,
+        ggml,
         tokens: n_tokens as f64,
         flops: (n_tokens * per_token * 2 * state_len) as f64,
         bytes: if n_tokens == 1 {
@@ -455,7 +477,7 @@ fn report(rows: &[Row], peaks: &[Peak]) {
     println!(
         "\n| op | threads | ms | tokens/s | GFLOP/s | of peak | GB/s | of peak | vs 1 thread |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     let mut json = Vec::new();
     for row in rows {
         let peak = &peaks[row.threads - 1];
@@ -463,7 +485,7 @@ fn report(rows: &[Row], peaks: &[Peak]) {
         let one = rows.iter().find(|r| r.name == row.name && r.threads == 1);
         let speedup = one.map_or(f64::NAN, |one| one.seconds / row.seconds);
         println!(
-            "| {} | {} | {:.3} | {:.0} | {:.1} | {:.0} % | {:.1} | {:.0} % | {speedup:.2} |",
+            "| {} | {} | {:.3} | {:.0} | {:.1} | {:.0} % | {:.1} | {:.0} % | {speedup:.2} | {:.3} | {:.2} |",
             row.name,
             row.threads,
             row.seconds * 1e3,
@@ -472,13 +494,16 @@ fn report(rows: &[Row], peaks: &[Peak]) {
             100.0 * gflops / peak.gflop_s,
             gb,
             100.0 * gb / peak.gb_s,
+            row.ggml * 1e3,
+            row.ggml / row.seconds,
         );
         json.push(format!(
-            r#"{{"op":"{}","threads":{},"ms":{:.4},"tokens_s":{:.1},"gflop_s":{gflops:.2},"gb_s":{gb:.2}}}"#,
+            r#"{{"op":"{}","threads":{},"ms":{:.4},"tokens_s":{:.1},"gflop_s":{gflops:.2},"gb_s":{gb:.2},"ggml_ms":{:.4}}}"#,
             row.name,
             row.threads,
             row.seconds * 1e3,
             row.tokens / row.seconds,
+            row.ggml * 1e3,
         ));
     }
     let peaks: Vec<String> = peaks
