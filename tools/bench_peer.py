@@ -154,6 +154,8 @@ def main():
     print("| ---- | ----: | -------------: | -----------------: | ----: |")
     rows = []
     for test, depth in ours:
+        if (test, depth) not in theirs:
+            continue  # the peer's fill is not timed at depth 0
         mine, other = statistics.median(ours[test, depth]), statistics.median(theirs[test, depth])
         n = {"pp": args.n_prompt, "tg": args.n_gen, "fill": depth}[test]
         print(f"| {test}{n} | {depth} | {mine:.2f} | {other:.2f} | {mine / other:.2f} |")

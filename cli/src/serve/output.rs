@@ -216,6 +216,11 @@ impl Reader {
     }
 
     fn think(&mut self, mark: &'static str, end: bool, out: &mut Vec<Delta>) -> bool {
+        if self.message.reasoning.is_empty() {
+            // The line break after the opening mark may come in a later piece.
+            let n = self.rest.len() - self.rest.trim_start_matches('\n').len();
+            self.rest.drain(..n);
+        }
         if let Some(at) = self.rest.find(mark) {
             out.push(Delta::Reasoning(self.rest[..at].trim_end().to_owned()));
             self.rest.drain(..at + mark.len());
