@@ -93,7 +93,7 @@ pub(super) fn probe(template: &ChatTemplate) -> Caps {
     let with_tools = render(vec![user(text(USER))], Some(tools.clone()), json!({}));
 
     let called = |content: Value, arguments: Value, n: usize| {
-        let all = vec![
+        let all = [
             call("call00001", TOOL, arguments.clone()),
             call("call00002", SECOND_TOOL, arguments),
         ];
