@@ -178,8 +178,10 @@ fn refuse(e: &mneme_engine::grammar::Error) -> ApiError {
 const JSON_SPACE: &str = r"\x20|\n{1,2}[\x20\t]{0,20}";
 
 /// Brings a schema into the form the grammar compiler knows: a list under `items` (schemas before
-/// 2020) becomes `prefixItems`; what speaks of items or properties without a type means that type.
-fn modernise(schema: &mut Value) {
+/// 2020) becomes `prefixItems`; what speaks of items or properties without a type means that type;
+/// objects have no properties but those named, unless it says otherwise (as llama.cpp reads it).
+/// A `part` of a conjunction leaves that last one to the others.
+fn modernise(schema: &mut Value, part: bool) {
     let Value::Object(o) = schema else {
         return;
     };
@@ -202,26 +204,40 @@ fn modernise(schema: &mut Value) {
     if let Some(kind) = kind.filter(|_| !other.iter().any(|name| o.contains_key(*name))) {
         o.insert("type".into(), kind.into());
     }
-    for name in [
-        "items",
-        "additionalProperties",
-        "not",
+    let joins = [
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "$ref",
         "if",
-        "then",
-        "else",
-        "contains",
-    ] {
-        o.get_mut(name).into_iter().for_each(modernise);
+        "not",
+        "patternProperties",
+    ];
+    let joins = joins.iter().any(|name| o.contains_key(*name));
+    if o.contains_key("properties") && !part && !joins {
+        o.entry("additionalProperties").or_insert(json!(false));
     }
+    for name in ["not", "if", "then", "else"] {
+        (o.get_mut(name).into_iter()).for_each(|s| modernise(s, true));
+    }
+    for name in ["items", "additionalProperties", "contains"] {
+        (o.get_mut(name).into_iter()).for_each(|s| modernise(s, false));
+    }
+    let is_more = o.contains_key("properties") || o.contains_key("required");
     for name in ["anyOf", "oneOf", "allOf", "prefixItems"] {
+        let part = match name {
+            "prefixItems" => false,
+            "allOf" => true,
+            _ => part || is_more,
+        };
         let all = o.get_mut(name).and_then(Value::as_array_mut);
-        all.into_iter().flatten().for_each(modernise);
+        (all.into_iter().flatten()).for_each(|s| modernise(s, part));
     }
     for name in ["properties", "patternProperties", "$defs", "definitions"] {
         let all = o.get_mut(name).and_then(Value::as_object_mut);
         all.into_iter()
             .flat_map(|o| o.values_mut())
-            .for_each(modernise);
+            .for_each(|s| modernise(s, false));
     }
 }
 
@@ -235,7 +251,7 @@ pub fn schema_grammar(app: &App, schema: &Value) -> ApiResult<Grammar> {
         }
         other => return Err(fields::wrong("json_schema", "a schema object", other)),
     };
-    modernise(&mut schema);
+    modernise(&mut schema, false);
     if let Some(schema) = schema.as_object_mut() {
         schema
             .entry("x-guidance")
@@ -546,16 +562,22 @@ mod tests {
         let mut schema = json!({"properties": {
             "items": {"items": [{"type": "integer"}]},
             "type": {"required": ["x"]},
-            "any": {"anyOf": [{"items": {"type": "null"}}], "properties": {}},
+            "any": {"anyOf": [{"items": {"type": "null"}}, {"properties": {"y": {}}}]},
+            "all": {"allOf": [{"properties": {"y": {}}}, {"properties": {"z": {}}}]},
         }});
-        modernise(&mut schema);
-        assert_eq!(
-            schema,
-            json!({"type": "object", "properties": {
-                "items": {"type": "array", "prefixItems": [{"type": "integer"}], "items": false},
-                "type": {"type": "object", "required": ["x"]},
-                "any": {"anyOf": [{"type": "array", "items": {"type": "null"}}], "properties": {}},
-            }})
-        );
+        modernise(&mut schema, false);
+        let expected = json!({"type": "object", "additionalProperties": false, "properties": {
+            "items": {"type": "array", "prefixItems": [{"type": "integer"}], "items": false},
+            "type": {"type": "object", "required": ["x"]},
+            "any": {"anyOf": [
+                {"type": "array", "items": {"type": "null"}},
+                {"type": "object", "additionalProperties": false, "properties": {"y": {}}},
+            ]},
+            "all": {"allOf": [
+                {"type": "object", "properties": {"y": {}}},
+                {"type": "object", "properties": {"z": {}}},
+            ]},
+        }});
+        assert_eq!(schema, expected);
     }
 }
