@@ -279,6 +279,7 @@ pub fn run(args: &Args) -> Result<()> {
         n_questions: CANDIDATES,
         relations: Relations::English,
         repeat: 0.0,
+        terse: 0.0,
     };
     let seed = format!("demo:{}", args.seed);
     let (mut sample, n_filler) = fitting(&seed, &shape, args.length, None, &count)
@@ -437,6 +438,7 @@ mod tests {
             n_questions: CANDIDATES,
             relations: Relations::English,
             repeat: 0.0,
+            terse: 0.0,
         };
         let words = |s: &str| s.split_whitespace().count();
         fitting("demo:1", &shape, 3000, None, &words).unwrap().0

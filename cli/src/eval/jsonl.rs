@@ -269,6 +269,7 @@ mod tests {
                 n_questions: 3,
                 relations,
                 repeat: 0.0,
+                terse: 0.0,
             };
             let s = record("9:9", &shape).unwrap();
             let lines = write(&s, &Map::new());

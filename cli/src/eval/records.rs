@@ -22,6 +22,7 @@ struct Language {
     relations: Vec<Relation>,
     own: Own,
     track: Track,
+    terse: Terse,
     filler: Fillers,
     tasks: BTreeMap<String, String>,
     answer: Answer,
@@ -55,6 +56,12 @@ struct Track {
     start: Vec<String>,
     step: Vec<String>,
     question: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Terse {
+    fact: String,
+    question: String,
 }
 
 #[derive(Deserialize)]
@@ -127,6 +134,8 @@ pub struct Shape {
     pub relations: Relations,
     /// Share of statements that return later in other words.
     pub repeat: f64,
+    /// Share of statements and questions in the bare form of a list.
+    pub terse: f64,
 }
 
 /// A question before the text is put together: evidence by number of statement.
@@ -350,7 +359,11 @@ impl Draft {
         for (r, key, value, _, update) in &tellings {
             let row = relations[*r];
             let forms = if *update { &row.update } else { &row.fact };
-            texts.push(fill(rng.choice(forms), &[("key", key), ("value", value)]));
+            let template = match rng.random() < shape.terse {
+                true => &language().terse.fact,
+                false => rng.choice::<String>(forms),
+            };
+            texts.push(fill(template, &[("key", key), ("value", value)]));
         }
         self.facts = texts;
         // What must be remembered: the update if there is one (the latest value wins), else
@@ -392,8 +405,12 @@ impl Draft {
                     continue;
                 }
             }
+            let template = match self.rng.random() < shape.terse {
+                true => &language().terse.question,
+                false => self.rng.choice::<String>(&row.question),
+            };
             self.asked.push(Asked {
-                text: fill(self.rng.choice(&row.question), &[("key", key)]),
+                text: fill(template, &[("key", key)]),
                 answer: value.clone(),
                 evidence: evidence(i),
                 chance,
@@ -521,7 +538,7 @@ pub fn fitting(
 mod tests {
     use super::*;
 
-    /// Printed by `train/data.py generate`; see docs/eval.md for the command.
+    /// Written by tools/records_golden.py from `train/data.py`.
     const GOLDEN: &str = include_str!("../../tests/records.jsonl");
 
     fn shape(task: &str, chinese: bool) -> Shape {
@@ -534,7 +551,8 @@ mod tests {
                 true => Relations::Chinese,
                 false => Relations::English,
             },
-            repeat: if task == "repeat" { 0.5 } else { 0.0 },
+            repeat: 0.0,
+            terse: 0.0,
         }
     }
 
@@ -545,16 +563,23 @@ mod tests {
             let row: serde_json::Value = serde_json::from_str(line).unwrap();
             let task = row["task"].as_str().unwrap();
             let number = |key: &str| row[key].as_u64().unwrap() as usize;
+            let asked: Vec<(String, String)> =
+                serde_json::from_value(row["questions"].clone()).unwrap();
             let shape = Shape {
                 n_facts: number("n_facts"),
                 n_filler: number("n_filler"),
+                n_questions: asked.len(),
+                repeat: row["repeat"].as_f64().unwrap(),
+                terse: row["terse"].as_f64().unwrap(),
                 ..shape(task, row["chinese"].as_bool().unwrap())
             };
             let sample = record(row["seed"].as_str().unwrap(), &shape).unwrap();
             assert_eq!(sample.text, row["text"].as_str().unwrap(), "{task}");
-            let q = &sample.questions[0];
-            assert_eq!(q.text, row["question"].as_str().unwrap(), "{task}");
-            assert_eq!(q.answers[0], row["answer"].as_str().unwrap(), "{task}");
+            let got = sample
+                .questions
+                .iter()
+                .map(|q| (q.text.clone(), q.answers[0].clone()));
+            assert_eq!(got.collect::<Vec<_>>(), asked, "{task}");
             // Offsets there are in characters.
             let chars = |at: usize| sample.text[..at].chars().count() as u64;
             for (key, fact) in [("ends", true), ("filler_ends", false)] {

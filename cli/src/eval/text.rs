@@ -46,11 +46,14 @@ pub struct Texts {
     #[arg(long, default_value_t = 4)]
     pub questions: usize,
     /// Share of statements that return later in other words [default: 0.5 for the task repeat].
-    #[arg(long)]
+    #[arg(long, value_parser = parse_share)]
     pub repeat: Option<f64>,
+    /// Share of statements and questions in the bare form of a list.
+    #[arg(long, default_value_t = 0.0, value_parser = parse_share)]
+    pub terse: f64,
     /// Where the facts asked for should lie, 0 (beginning) to 1 (end); of several, separated by
     /// commas, texts take turns. Multi-needle tasks of RULER's shapes ignore it.
-    #[arg(long, value_delimiter = ',', value_parser = parse_depth)]
+    #[arg(long, value_delimiter = ',', value_parser = parse_share)]
     pub depth: Vec<f64>,
 }
 
@@ -68,7 +71,7 @@ fn parse_length(text: &str) -> Result<usize> {
     }
 }
 
-fn parse_depth(text: &str) -> Result<f64> {
+fn parse_share(text: &str) -> Result<f64> {
     match text.parse::<f64>() {
         Ok(d) if (0.0..=1.0).contains(&d) => Ok(d),
         _ => bail!("expected a number from 0 to 1"),
@@ -152,6 +155,7 @@ impl Texts {
             repeat: self
                 .repeat
                 .unwrap_or(if task == "repeat" { 0.5 } else { 0.0 }),
+            terse: self.terse,
         };
         if self.filler.is_some() {
             let mut sample = records::record(&seed, &shape).with_context(here)?;
@@ -178,7 +182,7 @@ mod tests {
         for bad in ["0", "-1", "k", "4m", "99999999999k", ""] {
             assert!(parse_length(bad).is_err(), "{bad}");
         }
-        assert!(parse_depth("1.5").is_err() && parse_depth("nan").is_err());
+        assert!(parse_share("1.5").is_err() && parse_share("nan").is_err());
     }
 
     #[test]
