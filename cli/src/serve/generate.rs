@@ -173,10 +173,6 @@ fn refuse(e: &mneme_engine::grammar::Error) -> ApiError {
     ApiError::invalid(format!("Failed to parse grammar: {e}"))
 }
 
-/// White space between the parts of JSON text: none, a space, or a break with an indent. Without a
-/// bound a model can go on with white space for ever.
-const JSON_SPACE: &str = r"\x20|\n{1,2}[\x20\t]{0,20}";
-
 /// Brings a schema into the form the grammar compiler knows: a list under `items` (schemas before
 /// 2020) becomes `prefixItems`; what speaks of items or properties without a type means that type;
 /// objects have no properties but those named, unless it says otherwise (as llama.cpp reads it).
@@ -252,11 +248,6 @@ pub fn schema_grammar(app: &App, schema: &Value) -> ApiResult<Grammar> {
         other => return Err(fields::wrong("json_schema", "a schema object", other)),
     };
     modernise(&mut schema, false);
-    if let Some(schema) = schema.as_object_mut() {
-        schema
-            .entry("x-guidance")
-            .or_insert(json!({"whitespace_pattern": JSON_SPACE}));
-    }
     app.grammars()?.json_schema(&schema).map_err(|e| refuse(&e))
 }
 
