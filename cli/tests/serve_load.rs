@@ -22,7 +22,7 @@ fn request(i: usize, stream: bool) -> Value {
         "temperature": ([0.0, 0.7, 1.3][i % 3]),
         "n_predict": 8 + i % 17,
         "repeat_penalty": 1.1,
-        "cache_prompt": i % 2 == 0,
+        "cache_prompt": i.is_multiple_of(2),
         "return_tokens": true,
         "stream": stream,
     })
@@ -131,10 +131,7 @@ fn a_short_prompt_does_not_wait_for_a_long_one() {
     assert!(began.is_some());
     let body = json!({"prompt": "Hi", "n_predict": 4, "temperature": 0});
     let short = server.post("/completion", &body).ok();
-    assert_eq!(
-        short["tokens_predicted"].as_u64().is_some_and(|n| n > 0),
-        true
-    );
+    assert!(short["tokens_predicted"].as_u64() > Some(0));
     let slots = server.get("/slots").ok();
     let reading = slots
         .as_array()
