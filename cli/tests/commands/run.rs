@@ -95,7 +95,7 @@ fn a_grammar_shapes_the_answer() {
     std::fs::write(&path, "root ::= (\"yes\" | \"no\") \"!\"\n").unwrap();
     for seed in ["1", "2", "3"] {
         let flags = [
-            "-p", "Well?", "-s", seed, "-n", "40", "--temp", "2", "--json",
+            "-p", "Well?", "-s", seed, "-n", "1000", "--temp", "100", "--json",
         ];
         let run = |more: &[&str]| json(on("qwen2-tiny", "run", &[&flags[..], more].concat()));
         let vote = run(&["--grammar-file", text(&path)]);
@@ -109,7 +109,10 @@ fn a_grammar_shapes_the_answer() {
         assert!(said.len() == 3 && said.parse::<u32>().is_ok(), "{number}");
         let schema = r#"{"type": "object", "properties": {"ok": {"type": "boolean"}},
             "required": ["ok"], "additionalProperties": false}"#;
-        let object = run(&["-j", schema]);
+        // JSON allows spaces without end, and this model loves them: let chance alone choose.
+        let chance = ["--top-k", "0", "--top-p", "1", "--min-p", "0"];
+        let object = run(&[&["-j", schema], &chance[..]].concat());
+        assert_eq!(object["stop"], "eos");
         let object: serde_json::Value =
             serde_json::from_str(object["text"].as_str().unwrap()).unwrap();
         assert!(object["ok"].is_boolean());
