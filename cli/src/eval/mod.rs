@@ -39,7 +39,7 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Write texts with questions as JSONL, to be read here or elsewhere
-    Generate(Generate),
+    Generate(Box<Generate>),
     /// Ask a model with several memories the same questions, side by side
     Run(Box<run::Args>),
     /// List the tasks
