@@ -237,7 +237,11 @@ fn examples(sample: &Sample, arms: &[Arm], n_tokens: f64) -> String {
             } else {
                 "wrong"
             };
-            let _ = writeln!(out, "    {:<8} {:<24} {mark}", spec.name, o.replies[i].text);
+            // A model that has lost the thread may go on and on.
+            let got = &o.replies[i].text;
+            let short: String = got.chars().take(24).collect();
+            let more = if short.len() < got.len() { "…" } else { " " };
+            let _ = writeln!(out, "    {:<8} {short:<24}{more} {mark}", spec.name);
         }
     }
     out
@@ -331,6 +335,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     match args.no_ask {
         true => Ok(()),
+        // Questions nobody has asked yet, if there are any.
+        false if left.is_empty() => converse(&mut rig, &arms, &sample.questions),
         false => converse(&mut rig, &arms, &left),
     }
 }
@@ -342,8 +348,9 @@ struct Arm {
     outcome: Outcome,
 }
 
-/// Lets `spec` read and answer, with a bar.
+/// Lets `spec` read and answer, saying so first: it may take a while.
 fn read(rig: &mut Rig, spec: MemorySpec, sample: &Sample) -> Result<Arm> {
+    writeln!(std::io::stderr(), "{spec} reads it …")?;
     let mut bar = Progress::new("reading", 0, Unit::Count);
     bar.set_len(rig.document(&spec, sample)?.ids.len() as u64);
     let mut done = 0;
@@ -379,9 +386,9 @@ fn summary(sample: &Sample, arms: &[Arm]) -> serde_json::Value {
 }
 
 /// Answers questions from standard input until it ends.
-fn converse(rig: &mut Rig, arms: &[Arm], left: &[Question]) -> Result<()> {
+fn converse(rig: &mut Rig, arms: &[Arm], hints: &[Question]) -> Result<()> {
     let mut out = std::io::stdout();
-    let hints: Vec<&str> = left.iter().take(3).map(|q| q.text.as_str()).collect();
+    let hints: Vec<&str> = hints.iter().take(3).map(|q| q.text.as_str()).collect();
     writeln!(out, "Your turn. Try: {}", hints.join(" · "))?;
     let answer = |rig: &mut Rig, line: &str| -> Result<()> {
         let q = Question {
