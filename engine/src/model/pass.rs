@@ -52,6 +52,8 @@ pub struct Pass<'a> {
     pub s: &'a mut Scratch,
     /// Rotary position of each row.
     pub pos: Vec<u32>,
+    /// Whether the pass ends with hidden states in `s.h` instead of logits.
+    pub hidden: bool,
     /// Rows whose logits are wanted, ascending.
     out_rows: Vec<usize>,
     parts: Vec<Part<'a>>,
@@ -107,6 +109,7 @@ impl<'a> Pass<'a> {
             w,
             s,
             pos,
+            hidden: false,
             out_rows,
             parts,
         }
@@ -221,17 +224,22 @@ impl<'a> Pass<'a> {
         self.ops.add(&mut s.x, &s.h);
     }
 
-    /// Last norm and head: logits of the wanted rows into `s.logits`.
+    /// Last norm and head: logits of the wanted rows into `s.logits`, or their normed hidden states
+    /// left in `s.h`.
     pub fn head(&mut self) {
         let hp = &self.w.hparams;
         let n = self.n();
         let s = &mut *self.s;
-        resize(&mut s.logits, n * hp.n_vocab);
+        let n_logits = if self.hidden { 0 } else { n };
+        resize(&mut s.logits, n_logits * hp.n_vocab);
         if n == 0 {
             return;
         }
         self.ops
             .rms_norm(&s.x, &self.w.output_norm, hp.rms_eps, &mut s.h);
+        if self.hidden {
+            return;
+        }
         self.ops
             .mul_mat(&s.h, n, &mut [(&self.w.output, &mut s.logits)]);
     }
