@@ -165,7 +165,7 @@ class Step(nn.Module):
         `opened` reads everything (the warm-up of gist tokens)."""
         ids, weights, marks, cut, gaps = batch
         run, net = self.run, self.net
-        stats, h, policy = {}, None, None
+        stats, h, policy, imitate = {}, None, None, run.get("imitate", 0.0)
         amp = torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=run.get("amp", True))
         with amp:
             if self.stage != "compressor":
@@ -180,6 +180,9 @@ class Step(nn.Module):
                 real = (ids != self.run["pad"])
                 cut, free = cut & real, free & real
                 policy = logit, free
+            elif imitate and net.m["kind"] == "nodes":
+                h = net.mem.trunk(net.model.embed_tokens(ids))
+                said = net.mem.decide(h.detach())
             # The answers all count; of the rest a share, at a weight that keeps its sum.
             share = run.get("share_other", 0.25)
             keep = (weights >= 0.5) | ((weights > 0) & (torch.rand(weights.shape, generator=generator).to(ids.device) < share))
@@ -190,6 +193,10 @@ class Step(nn.Module):
         nll = F.cross_entropy(logits, ids[b, t], reduction="none")
         w = torch.where(weights[b, t] >= 0.5, weights[b, t], weights[b, t] / share)
         loss = (nll * w).sum() / weights.ge(0.5).sum().clamp(min=1)
+        if policy is None and h is not None:  # the decider learns the rules' cuts, so that reinforcement begins near them
+            real = (ids != run["pad"]) & cut.any(1, keepdim=True)
+            miss = F.binary_cross_entropy_with_logits(said, cut.float(), reduction="none")
+            loss = loss + imitate * (miss * real).sum() / real.sum().clamp(min=1)
         if made is not None:
             loss = loss + run["reconstruct"] * net.reconstruct(ids, cut, made)
         if run.get("distill", 0.0):  # towards the same model reading everything
