@@ -35,7 +35,9 @@ mod nvcc {
     use std::process::{Command, exit};
 
     /// One file per op.
-    const FILES: [&str; 6] = ["add", "argmax", "gates", "rms_norm", "rope", "swiglu"];
+    const FILES: [&str; 8] = [
+        "add", "argmax", "gates", "get_rows", "mul_mat", "rms_norm", "rope", "swiglu",
+    ];
 
     pub(super) fn build() {
         println!("cargo::rerun-if-changed=cuda");

@@ -13,6 +13,7 @@
 #define KERNEL(name, threads, Args) \
     extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
 #define DEVICE static __device__ __forceinline__
+#define MEMBER __device__ __forceinline__
 // Dynamic shared memory, 16-byte aligned.
 #define SHARED(type, name)                          \
     extern __shared__ __align__(16) char _shared[]; \

@@ -19,6 +19,7 @@
     static host::Kernel name##_kernel{#name, name##_call, sizeof(Args), (threads)};        \
     static void name(const Args &a)
 #define DEVICE static inline
+#define MEMBER inline
 #define SHARED(type, name) type *const name = reinterpret_cast<type *>(host::shared())
 #define __shared__ static thread_local
 #define __restrict__

@@ -3,6 +3,8 @@
 #include "../add.cu"
 #include "../argmax.cu"
 #include "../gates.cu"
+#include "../get_rows.cu"
+#include "../mul_mat.cu"
 #include "../rms_norm.cu"
 #include "../rope.cu"
 #include "../swiglu.cu"

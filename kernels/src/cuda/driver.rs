@@ -9,32 +9,13 @@ use std::ffi::{CString, c_void};
 use std::sync::{Mutex, PoisonError};
 
 /// Fat binaries made by `build.rs`: machine code for Ampere and Hopper, PTX for what came later.
-static IMAGES: [(&str, &[u8]); 6] = [
-    (
-        "add",
-        include_bytes!(concat!(env!("OUT_DIR"), "/add.fatbin")),
-    ),
-    (
-        "argmax",
-        include_bytes!(concat!(env!("OUT_DIR"), "/argmax.fatbin")),
-    ),
-    (
-        "gates",
-        include_bytes!(concat!(env!("OUT_DIR"), "/gates.fatbin")),
-    ),
-    (
-        "rms_norm",
-        include_bytes!(concat!(env!("OUT_DIR"), "/rms_norm.fatbin")),
-    ),
-    (
-        "rope",
-        include_bytes!(concat!(env!("OUT_DIR"), "/rope.fatbin")),
-    ),
-    (
-        "swiglu",
-        include_bytes!(concat!(env!("OUT_DIR"), "/swiglu.fatbin")),
-    ),
-];
+macro_rules! images {
+    ($($file:literal)*) => {
+        &[$(($file, include_bytes!(concat!(env!("OUT_DIR"), "/", $file, ".fatbin")))),*]
+    };
+}
+static IMAGES: &[(&str, &[u8])] =
+    images!("add" "argmax" "gates" "get_rows" "mul_mat" "rms_norm" "rope" "swiglu");
 
 /// More dynamic shared memory than this must be asked for, function by function.
 const SHARED_BYTES: u32 = 48 * 1024;

@@ -19,6 +19,8 @@ pub mod argmax;
 mod buffer;
 mod device;
 pub mod gates;
+pub mod get_rows;
+pub mod mul_mat;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

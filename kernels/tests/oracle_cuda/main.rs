@@ -9,6 +9,7 @@ mod add;
 mod argmax;
 mod gates;
 mod graph;
+mod mul_mat;
 mod rms_norm;
 mod rope;
 mod swiglu;
