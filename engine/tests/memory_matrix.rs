@@ -4,8 +4,8 @@
 mod checkpoint;
 
 use checkpoint::{Fixture, worst};
-use mneme_engine::memory::store::live_page_bytes;
 use mneme_engine::ops::Cpu;
+use mneme_engine::ops::live_page_bytes;
 use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
 use mneme_kernels::attend::KvType;
 use std::sync::Mutex;

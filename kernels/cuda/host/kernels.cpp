@@ -1,0 +1,11 @@
+// All kernels in one translation unit, so that every one registers itself.
+
+#include "../add.cu"
+#include "../argmax.cu"
+#include "../gates.cu"
+#include "../get_rows.cu"
+#include "../mul_mat.cu"
+#include "../rms_norm.cu"
+#include "../rope.cu"
+#include "../swiglu.cu"
+#include "host.cpp"
