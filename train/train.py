@@ -343,6 +343,7 @@ def train(stage, toml, stop=None, overrides=()):
         model.load_state_dict(saved["model"])
         if run.get("keep_level", False):
             state["level"] = saved["state"]["level"]
+        state["level"] = run.get("level", state["level"])
         if "decider_bias" in run:  # a decider that starts shy and undecided
             with torch.no_grad():
                 model.mem.decider.bias.fill_(run["decider_bias"])
