@@ -14,6 +14,18 @@ HERE = Path(__file__).resolve().parent
 RECORDS = json.loads((HERE / "records.json").read_text())
 LISTS = RECORDS["lists"]
 RELATIONS = {r["name"]: r for r in RECORDS["relations"]}
+# The simple cases of what was bought and of who holds what: one thing to a person, one holder to a thing. The trainer
+# teaches them first (a person or a thing as a value); no task of RECORDS["tasks"] draws them.
+RELATIONS["own"] = {
+    "name": "own", "key": RECORDS["own"]["owner"], "value": RECORDS["own"]["thing"],
+    "fact": [t.format(owner="{key}", thing="{value}") for t in RECORDS["own"]["fact"]],
+    "question": [t.format(owner="{key}") for t in RECORDS["own"]["list_question"]],
+}
+RELATIONS["track"] = {
+    "name": "track", "key": RECORDS["track"]["thing"], "value": RECORDS["track"]["holder"],
+    "fact": [t.format(holder="{value}", thing="{key}") for t in RECORDS["track"]["start"]],
+    "question": [t.format(thing="{key}") for t in RECORDS["track"]["question"]],
+}
 DISJOINT = ("home", "place", "date")
 ENGLISH = ("home", "place", "date", "password", "trade", "pet", "colour")
 CHINESE = ("zh_home", "zh_place")
