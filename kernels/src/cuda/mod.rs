@@ -16,6 +16,7 @@
 
 pub mod add;
 pub mod argmax;
+pub mod attend;
 mod buffer;
 mod device;
 pub mod gates;

@@ -7,6 +7,7 @@
 
 mod add;
 mod argmax;
+mod attend;
 mod gates;
 mod graph;
 mod mul_mat;
