@@ -8,6 +8,7 @@
 #include "../get_rows.cu"
 #include "../mul_mat.cu"
 #include "../rank.cu"
+#include "../recur.cu"
 #include "../rms_norm.cu"
 #include "../rope.cu"
 #include "../swiglu.cu"

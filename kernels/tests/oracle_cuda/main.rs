@@ -11,6 +11,7 @@ mod attend;
 mod gates;
 mod graph;
 mod mul_mat;
+mod recur;
 mod rms_norm;
 mod rope;
 mod swiglu;
