@@ -23,7 +23,7 @@ mod host {
             .flag_if_supported("-Wall")
             .flag_if_supported("-Wno-unknown-pragmas")
             .flag_if_supported("-Wno-unused-function")
-            // One rounding per product and sum unless the source says `fma`, as nvcc is told too.
+            // One rounding per product and sum on every machine that runs the tests.
             .flag_if_supported("-ffp-contract=off")
             .compile("mneme_cuda_host");
     }
@@ -35,8 +35,9 @@ mod nvcc {
     use std::process::{Command, exit};
 
     /// One file per op.
-    const FILES: [&str; 8] = [
-        "add", "argmax", "gates", "get_rows", "mul_mat", "rms_norm", "rope", "swiglu",
+    const FILES: [&str; 12] = [
+        "add", "argmax", "attend", "cells", "gates", "get_rows", "mul_mat", "rank", "recur",
+        "rms_norm", "rope", "swiglu",
     ];
 
     pub(super) fn build() {

@@ -19,7 +19,7 @@ macro_rules! plain {
         impl Plain for $ty {}
     )*};
 }
-plain!(u8 u32 i32 u64 f32 crate::attend::Visible);
+plain!(u8 u32 i32 u64 f32 crate::attend::Visible super::attend::Table);
 
 /// Memory of the device with the device it belongs to: freed when the last user is gone.
 pub(crate) struct Memory {

@@ -16,11 +16,13 @@
 
 pub mod add;
 pub mod argmax;
+pub mod attend;
 mod buffer;
 mod device;
 pub mod gates;
 pub mod get_rows;
 pub mod mul_mat;
+pub mod recur;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

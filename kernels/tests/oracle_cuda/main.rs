@@ -7,9 +7,11 @@
 
 mod add;
 mod argmax;
+mod attend;
 mod gates;
 mod graph;
 mod mul_mat;
+mod recur;
 mod rms_norm;
 mod rope;
 mod swiglu;
