@@ -22,7 +22,7 @@ struct PrepareArgs {
 
 // Activations as halves. A token is scaled by a power of two such that its largest number is near
 // 2^13: F16 then loses nothing to its range, only 2^-11 of each number to rounding.
-KERNEL(mul_mat_prepare, 256, PrepareArgs) {
+KERNEL(mul_mat_prepare, 1024, PrepareArgs) {
     __shared__ float room[WARP];
     const size_t t = blockIdx.x;
     const float *const x = a.x + t * a.n_cols;

@@ -8,6 +8,7 @@ pub mod ahn;
 pub mod decider;
 pub mod full;
 pub mod gist;
+mod layered;
 pub mod nodes;
 pub mod spec;
 pub mod store;
@@ -329,6 +330,12 @@ pub const MEMORIES: &[Row] = &[
         about: "the first tokens (sinks) and the last ones (StreamingLLM)",
         options: &["window", "sinks"],
         build: window::build,
+    },
+    Row {
+        name: "layered",
+        about: "some layers keep everything, the others sinks and a window",
+        options: &["full", "window", "sinks"],
+        build: layered::build,
     },
     Row {
         name: "ahn",

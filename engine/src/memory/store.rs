@@ -406,6 +406,12 @@ impl Store {
         self.trim();
     }
 
+    /// First raw cell that each of the layers marked still holds; 0 if none is marked.
+    pub fn first_raw(&self, marked: &[bool]) -> u64 {
+        let layers = self.layers.iter().zip(marked).filter(|(_, m)| **m);
+        layers.map(|(l, _)| l.raw_begin).max().unwrap_or(0)
+    }
+
     /// First raw cell that every layer still holds.
     pub fn raw_begin(&self) -> u64 {
         self.layers.iter().map(|l| l.raw_begin).max().unwrap_or(0)

@@ -7,6 +7,7 @@
 #include "../gates.cu"
 #include "../get_rows.cu"
 #include "../mul_mat.cu"
+#include "../peak.cu"
 #include "../rank.cu"
 #include "../recur.cu"
 #include "../rms_norm.cu"

@@ -14,7 +14,7 @@ macro_rules! images {
         &[$(($file, include_bytes!(concat!(env!("OUT_DIR"), "/", $file, ".fatbin")))),*]
     };
 }
-static IMAGES: &[(&str, &[u8])] = images!("add" "argmax" "attend" "cells" "gates" "get_rows" "mul_mat" "rank" "recur" "rms_norm" "rope" "swiglu");
+static IMAGES: &[(&str, &[u8])] = images!("add" "argmax" "attend" "cells" "gates" "get_rows" "mul_mat" "peak" "rank" "recur" "rms_norm" "rope" "swiglu");
 
 /// More dynamic shared memory than this must be asked for, function by function.
 const SHARED_BYTES: u32 = 48 * 1024;

@@ -22,6 +22,7 @@ mod device;
 pub mod gates;
 pub mod get_rows;
 pub mod mul_mat;
+pub mod peak;
 pub mod recur;
 pub mod rms_norm;
 pub mod rope;
