@@ -63,10 +63,7 @@ impl<'a> Pass<'a> {
         out_rows: Vec<usize>,
     ) -> Result<Pass<'a>> {
         let hp = &w.hparams;
-        let mut rows = Rows {
-            out: out_rows,
-            ..Rows::default()
-        };
+        let mut rows = Rows::new(out_rows);
         let mut memories = Vec::with_capacity(sequences.len());
         let mut plans = Vec::with_capacity(sequences.len());
         for (memory, plan) in sequences {
