@@ -3,6 +3,7 @@
 
     tools/check_llama.py logits MNEME FIXTURES_DIR         # our GGUF in llama.cpp gives the fixtures' logits
     tools/check_llama.py quantize MNEME IN.gguf [TYPE...]  # our quantized tensors are llama.cpp's, byte for byte
+    tools/check_llama.py compare MNEME IN.gguf...          # the same file and tokens: top-1 agreement and KL divergence
     tools/check_llama.py types IN.gguf... > FILE           # the types that llama.cpp chooses, for convert/tests
 
 MNEME is the mneme executable. Development only: needs numpy, gguf and llama-cpp-python.
@@ -115,6 +116,32 @@ def check_logits(mneme, fixtures):
         for text in wrong:
             print(f"       {text!r}")
     return failed
+
+
+def compare(mneme, files, n=256):
+    """A Markdown row per file: how often both choose the same token, and KL(llama.cpp || mneme) in nats."""
+    print("| file | tokens | top-1 equal | mean KL | 99th percentile | largest logit difference / largest logit |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for file in files:
+        n_vocab = next(int(t.shape[1]) for t in gguf.GGUFReader(file).tensors if t.name == "token_embd.weight")
+        ids = np.random.default_rng(11).integers(0, n_vocab, n).astype(np.int32)
+        theirs, _ = llama_logits(file, ids)
+        with tempfile.TemporaryDirectory() as temp:
+            np.save(f"{temp}/ids.npy", ids)
+            command = [mneme, "logits", "-m", file, "--ids", f"{temp}/ids.npy", "--out", f"{temp}/logits.npy", "-ctk", "f32", "-ctv", "f32"]
+            subprocess.run(command, check=True, capture_output=True)
+            ours = np.load(f"{temp}/logits.npy")
+
+        def log_softmax(x):
+            x = x.astype(np.float64) - x.max(-1, keepdims=True)
+            return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+        p, q = log_softmax(theirs), log_softmax(ours)
+        kl = (np.exp(p) * (p - q)).sum(-1)
+        same = (theirs.argmax(-1) == ours.argmax(-1)).mean()
+        error = np.abs(theirs - ours).max() / np.abs(theirs).max()
+        print(f"| {file.name} | {n} | {same:.3f} | {kl.mean():.1e} | {np.quantile(kl, 0.99):.1e} | {error:.1e} |", flush=True)
+    return 0
 
 
 def imatrix_for(path, out):
@@ -239,7 +266,7 @@ def print_types(sources):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["logits", "quantize", "types"])
+    parser.add_argument("what", choices=["logits", "quantize", "compare", "types"])
     parser.add_argument("mneme", type=Path)
     parser.add_argument("path", type=Path)
     parser.add_argument("types", nargs="*")
@@ -247,6 +274,8 @@ def main():
     llama_cpp.llama_log_set(silent, None)
     if args.what == "types":
         return print_types([args.mneme, args.path, *map(Path, args.types)])
+    if args.what == "compare":
+        return compare(args.mneme, [args.path, *map(Path, args.types)])
     if args.what == "logits":
         sys.exit(check_logits(args.mneme, args.path) != 0)
     sys.exit(check_quantize(args.mneme, args.path, args.types) != 0)

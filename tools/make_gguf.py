@@ -9,6 +9,7 @@ Development only: needs numpy, gguf and llama-cpp-python (never needed to build 
 
     tools/make_gguf.py OUT_DIR                                   # qwen05 in all types
     tools/make_gguf.py OUT_DIR --shape qwen3b --types q4_k_m     # one type; the base is removed
+    tools/make_gguf.py OUT_DIR --memory ahn,nodes                # and memory adapters for the shape, random too
 """
 
 import argparse
@@ -31,6 +32,8 @@ SHAPES = {
     "small": ("qwen2", 256, 24, 4, 2, 64, 768, 1024, 1e6, 4096),
     "narrow": ("llama", 224, 9, 7, 1, 32, 512, 1024, 5e5, 4096),
     "deep": ("llama", 256, 80, 4, 2, 64, 256, 1024, 1e4, 4096),
+    # Keys and values as qwen3b has them in two layers, almost nothing else: what a context of 128k takes.
+    "kv3b": ("qwen2", 64, 2, 16, 2, 128, 64, 1024, 1e6, 131072),
     "llama1b": ("llama", 2048, 16, 32, 8, 64, 8192, 128256, 5e5, 131072),
 }
 TYPES = ["f16", "q8_0", "q4_0", "q4_k_m", "q6_k", "iq4_xs"]
@@ -172,6 +175,84 @@ def write_base(path, shape, n_vocab, tied, seed):
     os.replace(partial, path)
 
 
+def memory_tensors(kind, shape):
+    """(name, shape, is a matrix) of a memory; docs/gguf.md."""
+    _, n_embd, n_layer, n_head, _, head_dim, *_ = shape
+    if kind == "ahn":  # gated delta net
+        for il in range(n_layer):
+            blk = f"blk.{il}.ahn_"
+            yield blk + "b.weight", (n_head, n_embd), True
+            yield blk + "a.weight", (n_head, n_embd), True
+            yield blk + "dt.bias", (n_head,), False
+            yield blk + "decay", (n_head,), False
+            yield blk + "g.weight", (n_head, n_embd), True
+            yield blk + "norm.weight", (head_dim,), False
+            yield blk + "out.weight", (n_head, head_dim, head_dim), True
+        return
+    c, heads = max(64, n_embd // 4), 4
+    yield "mem.in_norm.weight", (n_embd,), False
+    yield "mem.in.weight", (c, n_embd), True
+    yield "mem.out_norm.weight", (c,), False
+    for part in ("mem.blk.0.", "mem.active."):
+        yield part + "qkv.weight", (3 * c, c), True
+        yield part + "beta.weight", (heads, c), True
+        yield part + "alpha.weight", (heads, c), True
+        yield part + "a", (heads,), False
+        yield part + "dt.bias", (heads,), False
+        yield part + "gate.weight", (c, c), True
+        yield part + "head_norm.weight", (c // heads,), False
+    yield "mem.blk.0.norm.weight", (c,), False
+    yield "mem.blk.0.conv.weight", (3 * c, 4), False
+    yield "mem.blk.0.out.weight", (c, c), True
+    yield "mem.blk.0.ffn_norm.weight", (c,), False
+    yield "mem.blk.0.ffn_gate.weight", (2 * c, c), True
+    yield "mem.blk.0.ffn_up.weight", (2 * c, c), True
+    yield "mem.blk.0.ffn_down.weight", (c, 2 * c), True
+    yield "mem.decider.weight", (1, c), True
+    yield "mem.decider.bias", (1,), False
+    yield "mem.node.map.weight", (n_embd, c), True
+    yield "mem.node.slot.weight", (1, n_embd), True
+
+
+def write_adapter(path, kind, shape, seed):
+    """A memory adapter of random weights over any file of `shape`."""
+    arch, n_embd, n_layer, n_head, n_head_kv, *_ = shape
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "memory")
+    writer.add_block_count(n_layer)
+    writer.add_embedding_length(n_embd)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    key = f"{arch}.memory."
+    writer.add_string(key + "kind", kind)
+    if kind == "ahn":
+        writer.add_string(key + "ahn.kind", "gated_delta_net")
+    else:
+        c = max(64, n_embd // 4)
+        writer.add_string(key + "position", "compact")
+        writer.add_string(key + "node.sees", "segment")
+        writer.add_string(key + "decider.type", "linear")
+        for name, value in (("node.slots", 1), ("decider.min_segment", 2), ("decider.max_segment", 64),
+                            ("compressor.block_count", 1), ("compressor.embedding_length", c),
+                            ("compressor.head_count", 4), ("compressor.feed_forward_length", 2 * c),
+                            ("compressor.conv_kernel", 4)):
+            writer.add_uint32(key + name, value)
+        writer.add_float32(key + "decider.threshold", 0.5)
+    rng = np.random.default_rng(seed)
+    for name, dims, matrix in memory_tensors(kind, shape):
+        data = rng.standard_normal(dims, dtype=np.float32) * 0.02
+        if name.endswith("norm.weight"):
+            data = np.ones(dims, dtype=np.float32)
+        elif name.endswith((".a", "_decay")):
+            data = np.full(dims, -0.05, dtype=np.float32)
+        writer.add_tensor(name, data.astype(np.float16) if matrix and "ahn_out" not in name else data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def quantize(base, path, ty, n_threads):
     import llama_cpp
 
@@ -192,6 +273,7 @@ def main():
     parser.add_argument("--vocab", type=int, help="vocabulary size, instead of the real one")
     parser.add_argument("--layers", type=int, help="number of layers, instead of the real one")
     parser.add_argument("--untied", action="store_true", help="write output.weight")
+    parser.add_argument("--memory", default="", help="comma list of memory adapters to write: ahn, nodes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
@@ -209,6 +291,10 @@ def main():
         if ty != "f16" and not path.exists():
             quantize(base, path, ty, args.threads)
             print(path)
+    for kind in filter(None, args.memory.split(",")):
+        path = args.out / f"{args.shape}-{kind}.gguf"
+        write_adapter(path, kind, shape, args.seed)
+        print(path)
     if "f16" not in types:
         base.unlink()
 

@@ -14,6 +14,18 @@ HERE = Path(__file__).resolve().parent
 RECORDS = json.loads((HERE / "records.json").read_text())
 LISTS = RECORDS["lists"]
 RELATIONS = {r["name"]: r for r in RECORDS["relations"]}
+# The simple cases of what was bought and of who holds what: one thing to a person, one holder to a thing. The trainer
+# teaches them first (a person or a thing as a value); no task of RECORDS["tasks"] draws them.
+RELATIONS["own"] = {
+    "name": "own", "key": RECORDS["own"]["owner"], "value": RECORDS["own"]["thing"],
+    "fact": [t.format(owner="{key}", thing="{value}") for t in RECORDS["own"]["fact"]],
+    "question": [t.format(owner="{key}") for t in RECORDS["own"]["list_question"]],
+}
+RELATIONS["track"] = {
+    "name": "track", "key": RECORDS["track"]["thing"], "value": RECORDS["track"]["holder"],
+    "fact": [t.format(holder="{value}", thing="{key}") for t in RECORDS["track"]["start"]],
+    "question": [t.format(thing="{key}") for t in RECORDS["track"]["question"]],
+}
 DISJOINT = ("home", "place", "date")
 ENGLISH = ("home", "place", "date", "password", "trade", "pet", "colour")
 CHINESE = ("zh_home", "zh_place")
@@ -93,8 +105,8 @@ def spread(rng, ordered, extra):
 def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=ENGLISH, repeat=0.0, terse=0.0):
     """A document of about n_facts statements and n_filler sentences of filler, and n_questions about it.
 
-    `repeat` is the share of statements that return later in other words, `terse` the share told and asked in the bare
-    form of a list. Questions are drawn with replacement.
+    `repeat` is how often a statement returns later in other words (a fraction: for that share of them), `terse` the
+    share told and asked in the bare form of a list. Questions are drawn with replacement.
     """
     relations = [RELATIONS[r] for r in relations]
     chinese = relations[0]["name"].startswith("zh_")
@@ -153,8 +165,9 @@ def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=E
             if task == "update" and rng.random() < 0.5:
                 told[r["name"], k] = rng.choice(LISTS[r["value"]])
                 later.append((r, k, told[r["name"], k], False, "update"))
-            elif rng.random() < repeat:
-                later.append((r, k, told[r["name"], k], True, "fact"))
+            else:
+                for _ in range(int(repeat) + (rng.random() < repeat % 1)):
+                    later.append((r, k, told[r["name"], k], True, "fact"))
         for item in later:  # anywhere after the first telling
             first = next(i for i, t in enumerate(tellings) if t[0] is item[0] and t[1] == item[1])
             tellings.insert(rng.randint(first + 1, len(tellings)), item)
@@ -201,7 +214,7 @@ class Encoder:
 
     def encode(self, record, weight_other=0.03):
         """(ids, weights, marks): weights[t] counts the prediction *of* token t; marks[t] is 1 at the last token of a
-        statement, 2 of filler, 3 at the first token of an answer."""
+        statement, 2 of filler, 3 at the first token of an answer, 4 at that of a value told again."""
         ids, weights, marks = [], [], []
         for i, s in enumerate(record.statements):
             text = s.text if record.chinese or i == 0 else " " + s.text
@@ -217,7 +230,7 @@ class Encoder:
                 piece = self.ids(part)
                 ids += piece
                 weights += [weight] * len(piece)
-                marks += [0] * len(piece)
+                marks += [4 if weight == 1.0 else 0] + [0] * (len(piece) - 1)
             marks[-1] = 1 if s.kind == "fact" else 2
         for question, answer in record.questions:
             piece = [self.user, *self.ids(question), self.assistant]

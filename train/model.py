@@ -372,12 +372,13 @@ class Mneme(nn.Module):
         inv = rope_inv_freq(cfg, cfg.get("head_dim") or d // cfg["num_attention_heads"])
         self.register_buffer("inv_freq", torch.tensor(inv, dtype=torch.float64), persistent=False)
 
-    def forward(self, ids, cut=None, gaps=None, rows=None, h=None, full=False):
+    def forward(self, ids, cut=None, gaps=None, rows=None, h=None, full=False, made=None):
         """Logits after the tokens of ids [B, T] under cuts [B, T] (a cut after t is True at t).
 
         With `rows` = (b, t) index tensors only those rows are projected to the vocabulary: [n, V]; else [B, T, V].
         `h` may hand in the trunk's output, so that it is not computed twice. `full` reads without any memory: the
-        teacher of a distillation.
+        teacher of a distillation, and the warm-up of gist tokens. A dict `made` receives the slots [n, N_g, D] and the
+        (b, t) they were made at.
         """
         if full and self.m["kind"] == "nodes":
             cut = torch.zeros_like(ids, dtype=torch.bool)
@@ -388,10 +389,12 @@ class Mneme(nn.Module):
             done = cut.long().cumsum(1) - cut.long()
             r = self.mem.active(h, done if self.mem.reset == "cut" else torch.zeros_like(done))
             slots = self.mem.embed(r[lay.cut_rows, lay.cut_tokens])
+            if made is not None:
+                made.update(slots=slots, at=(lay.cut_rows, lay.cut_tokens))
             e = x.new_zeros(x.shape[0], lay.size, x.shape[2])
             e = e.index_put((torch.arange(len(x), device=x.device)[:, None].expand_as(lay.token), lay.token), x)
             e = e.index_put((lay.slot_rows, lay.slot), slots.to(e.dtype))
-        elif self.m["kind"] == "gist":
+        elif self.m["kind"] == "gist" and not full:
             gist = torch.isin(ids, torch.tensor(self.m["gist_token_ids"], device=ids.device))
             lay, e = Layout(None, self.m, slot_of=gist), x
         else:
@@ -406,6 +409,20 @@ class Mneme(nn.Module):
             y = e[rows[0], lay.token[rows]]
         y = self.model.norm(y)
         return F.linear(y, self.model.embed_tokens.weight if self.cfg.get("tie_word_embeddings") else self.lm_head.weight).float()
+
+    def reconstruct(self, ids, cut, made):
+        """How far the slots of `made` (see forward) tell which tokens their segments held: the mean over segments of the
+        cross-entropy between the segment's tokens and one soft-max over the vocabulary read off the slots."""
+        rows, _ = made["at"]
+        flat = cut.flatten()
+        segment = (flat.long().cumsum(0) - flat.long()).view_as(ids)
+        row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+        closed = segment < len(rows)
+        closed &= rows[segment.clamp(max=len(rows) - 1)] == row
+        held = made["slots"].new_zeros(len(rows), self.cfg["vocab_size"])
+        held.index_put_((segment[closed], ids[closed]), held.new_ones(()), accumulate=True)
+        logits = F.linear(self.model.norm(made["slots"].mean(1)), self.model.embed_tokens.weight).float()
+        return -(held * F.log_softmax(logits, -1)).sum(-1).div(held.sum(-1)).mean()
 
     def cuts_of(self, p):
         """Cuts [B, T] of probabilities p [B, T] by the rule of memory.md 1.3."""

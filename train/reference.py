@@ -278,7 +278,7 @@ def sentence_cut(before, s, after):
     """Whether a sentence ends with token bytes s, given the bytes of its neighbours (None at the ends of the text)."""
     if ends_ws(s):
         return True
-    if s.endswith(STOP) and after is not None and after[:1] != b"" and after[:1] in WS:
+    if s.endswith(STOP) and after is not None and after[:1] in WS:  # white space, or nothing: a control token
         return True
     if s and before is not None and not s.strip(WS):
         tail = before[len(before.rstrip(WS)):]

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from data import CHINESE, DISJOINT, ENGLISH, Encoder, record
 from model import Mneme
 
+BUCKET = 4
 FAMILIES = {"disjoint": DISJOINT, "english": ENGLISH, "chinese": CHINESE}
 
 
@@ -44,13 +45,18 @@ def draw_record(rng, level):
     if rng.random() < level.get("one_relation", 0.0):  # many facts of a kind: only the key tells them apart
         relations = (rng.choice(relations),)
     facts, extra = (rng.randint(*level[k]) for k in ("facts", "filler"))
+    if task in ("own", "track"):
+        return record(rng, "single", facts, extra, level.get("questions", 4), (task,), 1.0, level.get("terse", 0.5))
     return record(rng, "single" if task == "repeat" else task, facts, extra, level.get("questions", 4), relations,
                   level.get("repeat", 1.0) if task != "single" else 0.0, level.get("terse", 0.0))
 
 
 def rule_cuts(rng, marks, end_ids, mode, longest):
     """Cuts of one text under a rule: `sentence`, `thinned` to 60 %, `facts` (ends of facts only), `random`, `stride`;
-    never a segment above `longest`. After an answer a cut falls half of the time."""
+    never a segment above `longest`. After an answer a cut falls half of the time. `none` reads without any cut, so that
+    the same weights can also serve a full or windowed cache."""
+    if mode == "none":
+        return [False] * len(marks)
     cut, length = [], 0
     stride = rng.randint(6, 24)
     turns = rng.random() < 0.5
@@ -79,28 +85,44 @@ class Batches:
 
     def __init__(self, run, encoder, gist=()):
         self.run, self.encoder, self.gist = run, encoder, list(gist)
+        self.pool = None
         self.modes = run.get("rules", {"sentence": 0.4, "thinned": 0.25, "facts": 0.15, "random": 0.2})
 
-    def draw(self, step, rank, level, n, stage, copies=1):
-        """n texts (each `copies` times) as (ids, weights, marks, cut, gaps), all [B, T] but gaps [B, segments]."""
+    def text(self, rng, level):
+        """One text of a level: ((ids, weights, marks), cut)."""
         run = self.run
-        rng = random.Random(f"{run['seed']}:{stage}:{step}:{rank}")
         rules = level.get("rules", self.modes)
+        ids, weights, marks = self.encoder.encode(draw_record(rng, level), run.get("weight_other", 0.03))
+        mode = rng.choices(list(rules), list(rules.values()))[0]
+        cut = rule_cuts(rng, marks, [i == self.encoder.end for i in ids], mode, run["longest"])
+        if self.gist:
+            out = [[], [], []]
+            for i, w, m in zip(ids, weights, marks):
+                extra = self.gist if m in (1, 2) else []
+                out[0] += [i, *extra]
+                out[1] += [w] + [0.0] * len(extra)
+                out[2] += [m] + [0] * len(extra)
+            ids, weights, marks = out
+            cut = [False] * len(ids)
+        return (ids, weights, marks), cut
+
+    def draw(self, step, rank, level, n, stage, copies=1):
+        """n texts (each `copies` times) as (ids, weights, marks, cut, gaps), all [B, T] but gaps [B, segments].
+
+        The texts of BUCKET steps are drawn together and dealt out by length, so that little is padding."""
+        run = self.run
+        key = (step // BUCKET, rank, id(level), n, stage)
+        if self.pool is None or self.pool[0] != key:
+            rng = random.Random(f"{run['seed']}:{stage}:{step // BUCKET}:{rank}")
+            texts = sorted((self.text(rng, level) for _ in range(n * BUCKET)), key=lambda text: len(text[0][0]))
+            order = list(range(BUCKET))
+            rng.shuffle(order)
+            self.pool = key, texts, order
+        _, texts, order = self.pool
+        rng = random.Random(f"{run['seed']}:{stage}:gaps:{step}:{rank}")
         share = level.get("gap_share", run.get("gap_share", 0.75))
         rows, cuts = [], []
-        for _ in range(n):
-            ids, weights, marks = self.encoder.encode(draw_record(rng, level), run.get("weight_other", 0.03))
-            mode = rng.choices(list(rules), list(rules.values()))[0]
-            cut = rule_cuts(rng, marks, [i == self.encoder.end for i in ids], mode, run["longest"])
-            if self.gist:
-                out = [[], [], []]
-                for i, w, m in zip(ids, weights, marks):
-                    extra = self.gist if m in (1, 2) else []
-                    out[0] += [i, *extra]
-                    out[1] += [w] + [0.0] * len(extra)
-                    out[2] += [m] + [0] * len(extra)
-                ids, weights, marks = out
-                cut = [False] * len(ids)
+        for (ids, weights, marks), cut in texts[order[step % BUCKET] * n:][:n]:
             rows += [(ids, weights, marks)] * copies
             cuts += [cut] * copies
         T = max(len(r[0]) for r in rows)
@@ -140,28 +162,45 @@ class Step(nn.Module):
         super().__init__()
         self.net, self.run, self.stage = model, run, stage
 
-    def forward(self, batch, generator, copies):
+    def forward(self, batch, generator, copies, temperature=0.0, opened=False):
+        """Loss and statistics; `copies` of each text stand next to each other, `temperature` weighs the entropy of cuts,
+        `opened` reads everything (the warm-up of gist tokens)."""
         ids, weights, marks, cut, gaps = batch
         run, net = self.run, self.net
-        stats, h, policy = {}, None, None
+        stats, h, policy, imitate = {}, None, None, run.get("imitate", 0.0)
         amp = torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=run.get("amp", True))
         with amp:
             if self.stage != "compressor":
                 h = net.mem.trunk(net.model.embed_tokens(ids))
                 logit = net.mem.decide(h if self.stage == "joint" else h.detach())
+                # One price per text: a node costs lambda e^z, and the decider's logit is shifted by as much, so that the
+                # threshold tau stands for the price at inference.
+                z = (torch.rand(len(ids) // copies, generator=generator).to(ids.device) * 2 - 1) * run.get("dial", 0.0)
+                z = z.repeat_interleave(copies)
+                logit = logit - z[:, None]
                 cut, free = sample_cuts(logit, net.m, generator)
                 real = (ids != self.run["pad"])
                 cut, free = cut & real, free & real
                 policy = logit, free
+            elif imitate and net.m["kind"] == "nodes":
+                h = net.mem.trunk(net.model.embed_tokens(ids))
+                said = net.mem.decide(h.detach())
             # The answers all count; of the rest a share, at a weight that keeps its sum.
             share = run.get("share_other", 0.25)
             keep = (weights >= 0.5) | ((weights > 0) & (torch.rand(weights.shape, generator=generator).to(ids.device) < share))
             keep[:, 0] = False
             b, t = keep.nonzero(as_tuple=True)
-            logits = net(ids, cut if net.m["kind"] == "nodes" else None, gaps, (b, t - 1), h)
+            made = {} if run.get("reconstruct", 0.0) and net.m["kind"] == "nodes" and cut.any() else None
+            logits = net(ids, cut if net.m["kind"] == "nodes" else None, gaps, (b, t - 1), h, opened, made)
         nll = F.cross_entropy(logits, ids[b, t], reduction="none")
         w = torch.where(weights[b, t] >= 0.5, weights[b, t], weights[b, t] / share)
         loss = (nll * w).sum() / weights.ge(0.5).sum().clamp(min=1)
+        if policy is None and h is not None:  # the decider learns the rules' cuts, so that reinforcement begins near them
+            real = (ids != run["pad"]) & cut.any(1, keepdim=True)
+            miss = F.binary_cross_entropy_with_logits(said, cut.float(), reduction="none")
+            loss = loss + imitate * (miss * real).sum() / real.sum().clamp(min=1)
+        if made is not None:
+            loss = loss + run["reconstruct"] * net.reconstruct(ids, cut, made)
         if run.get("distill", 0.0):  # towards the same model reading everything
             with torch.no_grad(), amp:
                 teacher = net(ids, None, None, (b, t - 1), full=True)
@@ -169,6 +208,8 @@ class Step(nn.Module):
                                                     reduction="none").sum(-1).mean()
         hit = logits.detach().argmax(-1) == ids[b, t]
         first = marks[b, t] == 3
+        if not first.any():  # a level without questions: values told again
+            first = marks[b, t] == 4
         stats["loss"] = loss.item()
         stats["answer"] = hit[first].float().mean().item()
         stats["nodes"] = cut.float().sum(1).mean().item()
@@ -177,16 +218,15 @@ class Step(nn.Module):
             good = weights[b, t] >= 0.5
             n = torch.zeros(len(ids), device=ids.device).index_add(0, b, good.float())
             reward = -torch.zeros(len(ids), device=ids.device).index_add(0, b, (nll.detach() * good).clamp(max=8.0)) / n.clamp(min=1)
-            reward = reward - run["lambda"] * cut.float().sum(1)
+            reward = reward - run["lambda"] * z.exp() * cut.float().sum(1)
             groups = reward.view(-1, copies)
             base = (groups.sum(1, keepdim=True) - groups) / (copies - 1)
-            advantage = (groups - base).flatten()
-            advantage = advantage / advantage.std().clamp(min=1e-4)
+            advantage = ((groups - base) / (groups.std(1, keepdim=True) + 0.1 * groups.std())).flatten()
             log_p = torch.where(cut, F.logsigmoid(logit), F.logsigmoid(-logit)) * free
             entropy = (F.softplus(logit) - logit * torch.sigmoid(logit)) * free
             length = ids.shape[1]
-            loss = loss - (advantage * log_p.sum(1)).mean() * 8.0 / length - run["entropy"] * entropy.sum(1).mean() / length
-            p = torch.sigmoid(logit.detach())
+            loss = loss - (advantage * log_p.sum(1)).mean() * 8.0 / length - temperature * entropy.sum(1).mean() / length
+            p = torch.sigmoid(logit.detach() + z[:, None])
             for name, mark in (("p_fact", 1), ("p_filler", 2)):
                 stats[name] = p[marks == mark].mean().item()
             stats["p_middle"] = p[(marks == 0) & free].mean().item()
@@ -214,12 +254,10 @@ def parameter_groups(model, run, stage):
 
 
 def learning_rate(run, step):
-    """Linear warm-up, then a cosine to a tenth."""
-    warm = run.get("warmup", 30)
-    if step < warm:
-        return run["lr"] * (step + 1) / warm
-    part = min(1.0, (step - warm) / max(1, run["steps"] - warm))
-    return run["lr"] * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)))
+    """Linear warm-up, constant, and linear to a twentieth over the last quarter: `steps` may grow without a new start."""
+    warm, last = run.get("warmup", 30), run["steps"] // 4
+    down = (step - (run["steps"] - last)) / max(1, last)
+    return run["lr"] * min(1.0, (step + 1) / warm) * (1.0 - 0.95 * max(0.0, down))
 
 
 def plot(rows, path):
@@ -307,6 +345,7 @@ def train(stage, toml, stop=None, overrides=()):
         model.load_state_dict(saved["model"])
         if run.get("keep_level", False):
             state["level"] = saved["state"]["level"]
+        state["level"] = run.get("level", state["level"])
         if "decider_bias" in run:  # a decider that starts shy and undecided
             with torch.no_grad():
                 model.mem.decider.bias.fill_(run["decider_bias"])
@@ -328,6 +367,8 @@ def train(stage, toml, stop=None, overrides=()):
         step_module = nn.parallel.DistributedDataParallel(step_module, find_unused_parameters=True)
     batches = Batches(run, encoder, cfg["memory"].get("gist_token_ids", ()))
     levels = run["levels"] if "levels" in run else settings["levels"]
+    if isinstance(levels, str):  # those of another experiment
+        levels = tomllib.loads((here / levels).read_text())["levels"]
     copies = run.get("copies", 1)
     rows, average, began = [], {}, time.time()
     curve = out / "curve.jsonl"
@@ -338,13 +379,17 @@ def train(stage, toml, stop=None, overrides=()):
         rate = learning_rate(run, step)
         for g in optimizer.param_groups:
             g["lr"] = rate * g["scale"]
+        cool = run.get("entropy_end", run.get("entropy", 0.0))
+        temperature = run.get("entropy", 0.0) + (cool - run.get("entropy", 0.0)) * step / run["steps"]
         generator = torch.Generator().manual_seed(hash((run["seed"], step, rank)) & 0x7FFFFFFF)
         # Now and then an earlier level, so that nothing is forgotten.
         pick = random.Random(f"{run['seed']}:level:{step}")
         level = state["level"] if state["level"] == 0 or pick.random() < 0.85 else pick.randrange(state["level"])
         for micro in range(run.get("accumulate", 1)):
-            batch = batches.draw(step * run.get("accumulate", 1) + micro, rank, levels[level], run["batch"], stage, copies)
-            loss, stats = step_module([z.to(device) for z in batch], generator, copies)
+            n = levels[level].get(f"batch_{stage}", run["batch"])
+            batch = batches.draw(step * run.get("accumulate", 1) + micro, rank, levels[level], n, stage, copies)
+            loss, stats = step_module([z.to(device) for z in batch], generator, copies, temperature,
+                                      step < run.get("open", 0.0) * run["steps"])
             (loss / run.get("accumulate", 1)).backward()
         norm = nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], run.get("clip", 1.0))
         optimizer.step()

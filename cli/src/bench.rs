@@ -125,7 +125,7 @@ pub fn run(args: &Args) -> Result<()> {
     for spec in &specs {
         engine.sequence(spec, options)?;
     }
-    let peak = (!args.no_peaks).then(|| Peak::measure(engine.ops().pool(), PEAK_ROUNDS));
+    let peak = (!args.no_peaks).then(|| Peak::measure(engine.ops().host().pool(), PEAK_ROUNDS));
     let mut rows = Vec::new();
     let per_depth = args.repetitions * (args.n_prompt + args.n_gen);
     let work = specs.len() * (deepest + depths.len() * per_depth);
@@ -310,7 +310,7 @@ fn report(args: &Args, engine: &Engine, peak: Option<&Peak>, rows: &[Row]) -> Re
     let mut text = format!(
         "{name}: {} of weights per token, {} threads, {}",
         human_bytes(weights.bytes_per_token() as f64),
-        engine.ops().n_threads(),
+        engine.ops().host().n_threads(),
         dispatch::best().name(),
     );
     if let Some(peak) = peak {
@@ -373,7 +373,7 @@ fn report(args: &Args, engine: &Engine, peak: Option<&Peak>, rows: &[Row]) -> Re
         json: json!({
             "model": engine.model.path.display().to_string(),
             "bytes_per_token": weights.bytes_per_token(),
-            "n_threads": engine.ops().n_threads(),
+            "n_threads": engine.ops().host().n_threads(),
             "n_ubatch": engine.n_ubatch(),
             "isa": dispatch::best().name(),
             "peak": peak.map(|p| json!({

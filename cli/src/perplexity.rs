@@ -205,7 +205,7 @@ fn chunk_losses(
         if want == Want::All {
             // The last token's logits predict what is outside the chunk.
             let next = &tokens[done + 1..(done + n + 1).min(tokens.len())];
-            losses.extend(nlls(engine.ops().pool(), &logits[0], n_vocab, next));
+            losses.extend(nlls(engine.ops().host().pool(), &logits[0], n_vocab, next));
         }
         done += n;
         progress(done)?;

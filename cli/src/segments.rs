@@ -72,7 +72,7 @@ fn probabilities(engine: &Engine, tokens: &[u32]) -> Vec<f32> {
     let weights = &engine.model.weights;
     let n_embd = weights.hparams.n_embd;
     weights.nodes.as_ref().map_or_else(Vec::new, |nodes| {
-        nodes.boundary_probabilities(engine.ops(), &weights.token_embd, n_embd, tokens)
+        nodes.boundary_probabilities(engine.ops().host(), &weights.token_embd, n_embd, tokens)
     })
 }
 

@@ -1,7 +1,7 @@
 //! Streams tokens without end through a memory and prints what it holds and how fast it reads, to
 //! see that a bounded memory stays bounded:
 //!
-//! `cargo run --release -p mneme-engine --example stream -- MODEL MEMORY N_TOKENS`
+//! `cargo run --release -p mneme-engine --example stream -- MODEL MEMORY N_TOKENS [ADAPTER]`
 
 use mneme_engine::ops::Cpu;
 use mneme_engine::{Engine, Feed, LoadOptions, Model, SequenceOptions, Want};
@@ -10,12 +10,15 @@ use std::time::Instant;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().collect();
-    let [_, model, memory, n_tokens] = &args[..] else {
-        return Err("usage: stream MODEL MEMORY N_TOKENS".into());
+    let [_, model, memory, n_tokens, adapter @ ..] = &args[..] else {
+        return Err("usage: stream MODEL MEMORY N_TOKENS [ADAPTER]".into());
     };
     let n_tokens: usize = n_tokens.parse()?;
     let ops = Cpu::new(std::thread::available_parallelism()?.get());
-    let model = Model::load(Path::new(model), &LoadOptions::default(), &ops, |_, _| {})?;
+    let load = LoadOptions {
+        memory_adapter: adapter.first().map(Into::into),
+    };
+    let model = Model::load(Path::new(model), &load, &ops, |_, _| {})?;
     let n_vocab = model.hparams().n_vocab as u64;
     let mut engine = Engine::new(model, ops, 512);
     let options = SequenceOptions {

@@ -6,7 +6,7 @@ use crate::hparams::Hparams;
 use crate::memory::spec::MemorySpec;
 use crate::memory::{self, Context, Memory, NodeInfo, Pieces, Plan, Stats};
 use crate::model::{ARCHS, Arch, Pass, Scratch};
-use crate::ops::Cpu;
+use crate::ops::Ops;
 use crate::session::{Decoder, Encoder, MAGIC, VERSION};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Loader, Weights};
@@ -36,12 +36,12 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads `path`, preparing its matrices on the threads of `ops`. `progress` is told bytes done
-    /// and bytes in all after each tensor.
+    /// Loads `path` for the verbs of `ops`. `progress` is told bytes done and bytes in all after each
+    /// tensor.
     pub fn load(
         path: &Path,
         options: &LoadOptions,
-        ops: &Cpu,
+        ops: &dyn Ops,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Arc<Model>> {
         let gguf = Arc::new(Gguf::open(path)?);
@@ -236,8 +236,10 @@ pub struct Feed<'a> {
 pub struct Engine {
     /// The model.
     pub model: Arc<Model>,
-    ops: Cpu,
+    ops: Box<dyn Ops>,
     scratch: Scratch,
+    /// A pass's logits, where another device computed them.
+    logits: Vec<f32>,
     n_ubatch: usize,
 }
 
@@ -245,19 +247,20 @@ pub struct Engine {
 pub const N_UBATCH: usize = 512;
 
 impl Engine {
-    /// An engine that runs `model` on the threads of `ops`, at most `n_ubatch` rows a pass.
-    pub fn new(model: Arc<Model>, ops: Cpu, n_ubatch: usize) -> Engine {
+    /// An engine that runs `model` by the verbs it was loaded for, at most `n_ubatch` rows a pass.
+    pub fn new(model: Arc<Model>, ops: impl Into<Box<dyn Ops>>, n_ubatch: usize) -> Engine {
         Engine {
             model,
-            ops,
+            ops: ops.into(),
             scratch: Scratch::default(),
+            logits: Vec::new(),
             n_ubatch: n_ubatch.max(1),
         }
     }
 
-    /// The verbs and threads.
-    pub fn ops(&self) -> &Cpu {
-        &self.ops
+    /// The verbs.
+    pub fn ops(&self) -> &dyn Ops {
+        &*self.ops
     }
 
     /// Most rows of one pass.
@@ -343,7 +346,7 @@ impl Engine {
                 _ => feed
                     .seq
                     .memory
-                    .plan(&self.ops, tokens, feed.want.is_every())
+                    .plan(&*self.ops, tokens, feed.want.is_every())
                     .map_err(|source| FeedError {
                         feed: Some(i),
                         source,
@@ -369,27 +372,17 @@ impl Engine {
             answers.push((first..out_rows.len()).collect());
             row += plan.entries.len();
         }
-        let sequences: Vec<(&mut (dyn Memory + 'static), &Plan)> = feeds
-            .iter_mut()
-            .zip(&plans)
-            .filter(|(_, plan)| !plan.entries.is_empty())
-            .map(|(feed, plan)| (&mut *feed.seq.memory, plan))
-            .collect();
-        if !sequences.is_empty() {
-            let mut pass = Pass::new(
-                &self.ops,
-                &self.model.weights,
-                &mut self.scratch,
-                sequences,
-                out_rows,
-            );
-            pass.hidden = hidden;
-            (self.model.arch.forward)(&mut pass);
+        if let Err(e) = self.run(feeds, &plans, out_rows, hidden) {
+            for feed in feeds {
+                feed.seq.memory.store_mut().unreserve();
+            }
+            return Err(e);
         }
         let outputs = match hidden {
             true => &self.scratch.h,
             false => &self.scratch.logits,
         };
+        let outputs = outputs.read_with(&mut self.logits)?;
         for (i, (feed, plan)) in feeds.iter_mut().zip(&plans).enumerate() {
             if shares[i] == 0 {
                 continue;
@@ -401,7 +394,7 @@ impl Engine {
             let tokens = &feed.tokens[read[i]..read[i] + shares[i]];
             let memory = &mut feed.seq.memory;
             let reads_logits = memory.reads_logits();
-            let taken = memory.commit(&self.ops, plan, tokens, reads_logits.then_some(rows));
+            let taken = memory.commit(&*self.ops, plan, tokens, reads_logits.then_some(rows));
             feed.seq.tokens.extend_from_slice(&tokens[..taken]);
             read[i] += taken;
             match feed.want {
@@ -414,6 +407,36 @@ impl Engine {
             }
         }
         Ok(())
+    }
+}
+
+impl Engine {
+    /// The layers over what is planned of each feed; logits of `out_rows` into the scratch.
+    fn run(
+        &mut self,
+        feeds: &mut [Feed<'_>],
+        plans: &[Plan],
+        out_rows: Vec<usize>,
+        hidden: bool,
+    ) -> Result<()> {
+        let sequences: Vec<(&mut (dyn Memory + 'static), &Plan)> = feeds
+            .iter_mut()
+            .zip(plans)
+            .filter(|(_, plan)| !plan.entries.is_empty())
+            .map(|(feed, plan)| (&mut *feed.seq.memory, plan))
+            .collect();
+        if sequences.is_empty() {
+            return Ok(());
+        }
+        let mut pass = Pass::new(
+            &*self.ops,
+            &self.model.weights,
+            &mut self.scratch,
+            sequences,
+            out_rows,
+        )?;
+        pass.hidden = hidden;
+        self.ops.run(&mut pass, self.model.arch.forward)
     }
 }
 

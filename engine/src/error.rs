@@ -95,6 +95,24 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
+    /// A device that has no name here.
+    #[error("device `{0}`: expected auto, cpu, cuda or cuda:N")]
+    DeviceName(String),
+    /// A card was asked for and this build cannot drive one.
+    #[error("device cuda:{0}: this mneme was built without the feature `cuda`")]
+    NoCuda(usize),
+    /// A card did not do what it was asked.
+    #[cfg(feature = "on-card")]
+    #[error("{what}: {source}")]
+    Device {
+        /// The card and what was being done.
+        what: String,
+        /// Why it failed.
+        source: mneme_kernels::cuda::Error,
+    },
+    /// Sequences of one pass keep their cells in different types.
+    #[error("sequences of one pass must have the same types of keys and values")]
+    MixedCells,
     /// Reading or writing failed.
     #[error("{path}: {source}")]
     Io {

@@ -6,13 +6,13 @@ use crate::gguf::{Gguf, TensorInfo};
 use crate::hparams::Hparams;
 use crate::memory::ahn::AhnTensors;
 use crate::memory::trunk::NodeTensors;
-use crate::ops::{Cpu, Matrix, Table};
+use crate::ops::{Buffer, Device, Matrix, Ops, Table};
 use std::sync::Arc;
 
 /// Tensors of one decoder layer.
 pub struct Layer {
     /// `attn_norm.weight` `[n_embd]`.
-    pub attn_norm: Vec<f32>,
+    pub attn_norm: Buffer,
     /// `attn_q.weight` `[n_head * head_dim, n_embd]`.
     pub attn_q: Matrix,
     /// `attn_k.weight` `[n_head_kv * head_dim, n_embd]`.
@@ -20,21 +20,21 @@ pub struct Layer {
     /// `attn_v.weight` `[n_head_kv * head_dim, n_embd]`.
     pub attn_v: Matrix,
     /// `attn_q.bias` `[n_head * head_dim]`, where the file has one.
-    pub attn_q_bias: Option<Vec<f32>>,
+    pub attn_q_bias: Option<Buffer>,
     /// `attn_k.bias` `[n_head_kv * head_dim]`.
-    pub attn_k_bias: Option<Vec<f32>>,
+    pub attn_k_bias: Option<Buffer>,
     /// `attn_v.bias` `[n_head_kv * head_dim]`.
-    pub attn_v_bias: Option<Vec<f32>>,
+    pub attn_v_bias: Option<Buffer>,
     /// `attn_q_norm.weight` `[head_dim]`, Qwen3 only.
-    pub attn_q_norm: Option<Vec<f32>>,
+    pub attn_q_norm: Option<Buffer>,
     /// `attn_k_norm.weight` `[head_dim]`, Qwen3 only.
-    pub attn_k_norm: Option<Vec<f32>>,
+    pub attn_k_norm: Option<Buffer>,
     /// `attn_output.weight` `[n_embd, n_head * head_dim]`.
     pub attn_output: Matrix,
     /// `attn_output.bias` `[n_embd]`.
-    pub attn_output_bias: Option<Vec<f32>>,
+    pub attn_output_bias: Option<Buffer>,
     /// `ffn_norm.weight` `[n_embd]`.
-    pub ffn_norm: Vec<f32>,
+    pub ffn_norm: Buffer,
     /// `ffn_gate.weight` `[n_ff, n_embd]`.
     pub ffn_gate: Matrix,
     /// `ffn_up.weight` `[n_ff, n_embd]`.
@@ -54,15 +54,17 @@ pub struct Weights {
     /// Decoder layers.
     pub layers: Vec<Layer>,
     /// `output_norm.weight` `[n_embd]`.
-    pub output_norm: Vec<f32>,
+    pub output_norm: Buffer,
     /// `output.weight` `[n_vocab, n_embd]`, or `token_embd.weight` again (tied).
     pub output: Matrix,
     /// Rotary frequencies `[n_rot / 2]`, scaling and `rope_freqs.weight` applied.
-    pub rope_inv_freq: Vec<f32>,
+    pub rope_inv_freq: Buffer,
     /// Factor on the rotary cos and sin (YaRN).
     pub rope_mscale: f32,
     /// `mem.*`, where the file or its adapter has them.
     pub nodes: Option<NodeTensors>,
+    /// Where the tensors are, and with them the cells of every sequence.
+    pub device: Device,
     /// The file, for memory keys read when a memory is built.
     pub gguf: Arc<Gguf>,
     /// The memory adapter laid over it.
@@ -110,7 +112,7 @@ impl Weights {
 /// Reads tensors by name from a model file and, for memory tensors, its adapter.
 pub struct Loader<'a> {
     /// The verbs that will use the tensors.
-    pub ops: &'a Cpu,
+    pub ops: &'a dyn Ops,
     /// The model file.
     pub gguf: &'a Arc<Gguf>,
     /// The memory adapter, looked into first.
@@ -166,9 +168,17 @@ impl Loader<'_> {
         Ok(matrix)
     }
 
-    /// A table of rows.
+    /// A weight matrix for the host's own verbs, wherever the model runs.
+    pub fn host_matrix(&mut self, name: &str, n_rows: usize, n_cols: usize) -> Result<Matrix> {
+        let raw = self.raw(name, n_rows, n_cols)?;
+        let matrix = self.ops.host().matrix(raw)?;
+        self.done(name);
+        Ok(matrix)
+    }
+
+    /// A table of rows, read on the host.
     pub fn table(&mut self, name: &str, n_rows: usize, n_cols: usize) -> Result<Table> {
-        let table = self.ops.table(self.raw(name, n_rows, n_cols)?)?;
+        let table = self.ops.host().table(self.raw(name, n_rows, n_cols)?)?;
         self.done(name);
         Ok(table)
     }
@@ -188,6 +198,17 @@ impl Loader<'_> {
         self.values(name, 1, n)
     }
 
+    /// A vector for the verbs.
+    pub fn buffer(&mut self, name: &str, n: usize) -> Result<Buffer> {
+        let values = self.vector(name, n)?;
+        self.ops.device().upload(values)
+    }
+
+    /// A vector for the verbs if the file has it.
+    pub fn buffer_if(&mut self, name: &str, n: usize) -> Result<Option<Buffer>> {
+        self.has(name).then(|| self.buffer(name, n)).transpose()
+    }
+
     /// A vector if the file has it.
     pub fn vector_if(&mut self, name: &str, n: usize) -> Result<Option<Vec<f32>>> {
         self.has(name).then(|| self.vector(name, n)).transpose()
@@ -198,18 +219,18 @@ impl Loader<'_> {
         let (e, d) = (hp.n_embd, hp.head_dim);
         let (n_q, n_kv) = (hp.n_head * d, hp.n_head_kv * d);
         Ok(Layer {
-            attn_norm: self.vector(&name("attn_norm.weight"), e)?,
+            attn_norm: self.buffer(&name("attn_norm.weight"), e)?,
             attn_q: self.matrix(&name("attn_q.weight"), n_q, e)?,
             attn_k: self.matrix(&name("attn_k.weight"), n_kv, e)?,
             attn_v: self.matrix(&name("attn_v.weight"), n_kv, e)?,
-            attn_q_bias: self.vector_if(&name("attn_q.bias"), n_q)?,
-            attn_k_bias: self.vector_if(&name("attn_k.bias"), n_kv)?,
-            attn_v_bias: self.vector_if(&name("attn_v.bias"), n_kv)?,
-            attn_q_norm: self.vector_if(&name("attn_q_norm.weight"), d)?,
-            attn_k_norm: self.vector_if(&name("attn_k_norm.weight"), d)?,
+            attn_q_bias: self.buffer_if(&name("attn_q.bias"), n_q)?,
+            attn_k_bias: self.buffer_if(&name("attn_k.bias"), n_kv)?,
+            attn_v_bias: self.buffer_if(&name("attn_v.bias"), n_kv)?,
+            attn_q_norm: self.buffer_if(&name("attn_q_norm.weight"), d)?,
+            attn_k_norm: self.buffer_if(&name("attn_k_norm.weight"), d)?,
             attn_output: self.matrix(&name("attn_output.weight"), e, n_q)?,
-            attn_output_bias: self.vector_if(&name("attn_output.bias"), e)?,
-            ffn_norm: self.vector(&name("ffn_norm.weight"), e)?,
+            attn_output_bias: self.buffer_if(&name("attn_output.bias"), e)?,
+            ffn_norm: self.buffer(&name("ffn_norm.weight"), e)?,
             ffn_gate: self.matrix(&name("ffn_gate.weight"), hp.n_ff, e)?,
             ffn_up: self.matrix(&name("ffn_up.weight"), hp.n_ff, e)?,
             ffn_down: self.matrix(&name("ffn_down.weight"), e, hp.n_ff)?,
@@ -234,7 +255,7 @@ impl Loader<'_> {
         let layers = (0..hp.n_layer)
             .map(|il| self.layer(il, hp))
             .collect::<Result<Vec<_>>>()?;
-        let output_norm = self.vector("output_norm.weight", hp.n_embd)?;
+        let output_norm = self.buffer("output_norm.weight", hp.n_embd)?;
         let head = if self.has("output.weight") {
             "output.weight"
         } else {
@@ -251,14 +272,16 @@ impl Loader<'_> {
             });
         }
         let (rope_inv_freq, rope_mscale) = hp.rope_frequencies(freq_factors.as_deref());
+        let device = self.ops.device().clone();
         let nodes = NodeTensors::load(&mut self, hp)?;
         Ok(Weights {
             token_embd,
             layers,
             output_norm,
             output,
-            rope_inv_freq,
+            rope_inv_freq: device.upload(rope_inv_freq)?,
             rope_mscale,
+            device,
             nodes,
             gguf: Arc::clone(self.gguf),
             adapter: self.adapter.map(Arc::clone),

@@ -4,8 +4,8 @@
 mod checkpoint;
 
 use checkpoint::{Fixture, worst};
-use mneme_engine::memory::store::live_page_bytes;
 use mneme_engine::ops::Cpu;
+use mneme_engine::ops::live_page_bytes;
 use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
 use mneme_kernels::attend::KvType;
 use std::sync::Mutex;
@@ -18,6 +18,8 @@ const ROWS: &[(&str, &str, f32)] = &[
     ("qwen2-tiny", "window:window=13,sinks=3", 0.0),
     ("llama-tiny", "window:window=1,sinks=0", 0.0),
     ("qwen3-tiny-tied", "window:window=20,sinks=1", 0.0),
+    ("qwen2-tiny", "layered:full=0,window=13,sinks=3", 0.0),
+    ("qwen3-tiny-tied", "layered:full=1,window=5,sinks=0", 0.0),
     ("ahn-gdn-tiny", "ahn:window=16,sinks=4", 5e-4),
     ("ahn-dn-tiny", "ahn:window=11,sinks=0", 5e-4),
     ("ahn-mamba2-tiny", "ahn:window=7,sinks=2", 5e-4),
@@ -139,6 +141,7 @@ fn nothing_dropped_means_full() {
         let wide = match b.memory.split(':').next() {
             Some("nodes") => "nodes:decider=stride,stride=100000,max=100000,window=0,sinks=0",
             Some("window") => "window:window=1000,sinks=3",
+            Some("layered") => "layered:full=0,window=1000,sinks=3",
             Some("ahn") => "ahn:window=1000,sinks=5",
             Some("gist") => "gist",
             _ => "full",
@@ -334,7 +337,7 @@ fn bounded_memories_stay_bounded() {
         let bounded = ["window", "ahn", "node_max"]
             .iter()
             .any(|w| b.memory.contains(w));
-        if !bounded || b.memory.contains("nodes:window") {
+        if !bounded || b.memory.contains("nodes:window") || b.memory.contains("layered") {
             continue;
         }
         let ids: Vec<u32> = b.ids.iter().copied().cycle().take(3400).collect();

@@ -81,7 +81,18 @@ fn main() {
         }
     }
     element_wise_rows(&pools, &wanted, &mut rows);
-    print(isa, &peaks, &rows);
+    let fork_join = fork_join_ns(&pools[1]);
+    print(isa, &peaks, &rows, fork_join);
+}
+
+/// Nanoseconds of a region that does nothing on two threads: the least of many rounds.
+fn fork_join_ns(pool: &Pool) -> f64 {
+    let n = 1000;
+    (0..200).fold(f64::INFINITY, |least, _| {
+        let start = Instant::now();
+        (0..n).for_each(|_| pool.run(|_| {}));
+        least.min(start.elapsed().as_secs_f64() * 1e9 / f64::from(n))
+    })
 }
 
 /// Weights whose numbers are ordinary: scales near 0.01, quants of all values.
@@ -224,8 +235,11 @@ fn rates(pools: &[Pool; 2], work: f64, mut op: impl FnMut(&Pool)) -> [f64; 2] {
     best
 }
 
-fn print(isa: Isa, peaks: &[Peak; 2], rows: &[Row]) {
-    println!("\ninstruction set {}\n", isa.name());
+fn print(isa: Isa, peaks: &[Peak; 2], rows: &[Row], fork_join: f64) {
+    println!(
+        "\ninstruction set {}, fork and join of two threads {fork_join:.0} ns\n",
+        isa.name()
+    );
     println!("| peak | unit | 1 thread | 2 threads | 1 to 2 |");
     println!("|---|---|--:|--:|--:|");
     let peak_row = |name: &str, unit: &str, of: &dyn Fn(&Peak) -> f64| {
@@ -281,7 +295,7 @@ fn print(isa: Isa, peaks: &[Peak; 2], rows: &[Row]) {
         })
         .collect();
     println!(
-        r#"{{"bench":"ops","isa":"{}","peaks":[{}],"rows":[{}]}}"#,
+        r#"{{"bench":"ops","isa":"{}","fork_join_ns":{fork_join:.0},"peaks":[{}],"rows":[{}]}}"#,
         isa.name(),
         peaks.join(","),
         json.join(",")

@@ -23,6 +23,7 @@ pub const PARTITION_CELLS: usize = 1024;
 
 /// What one query sees: the first `n_kept` kept cells, and raw cells with a logical index in
 /// `raw_begin..raw_end`. A query that sees nothing yields zeros.
+#[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Visible {
     /// Kept cells seen, from the first.

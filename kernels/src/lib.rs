@@ -10,6 +10,8 @@
 pub mod add;
 pub mod attend;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+pub mod cuda;
 pub mod dispatch;
 pub mod mul_mat;
 pub mod peak;

@@ -2,70 +2,134 @@
 //!
 //! One decoded token is some two hundred parallel regions. A general work-stealing pool wakes
 //! its sleepers through the operating system for each; here workers spin for a while after every
-//! region (the next one is usually microseconds away) and park only when the engine goes idle.
+//! region (the next one is usually microseconds away), then yield, and sleep when the engine goes
+//! idle. On a machine with other work a region goes on without the threads that got no processor.
 
 use std::any::Any;
+use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long an idle worker spins before it parks: longer than the gap between two ops of a
-/// decode step, shorter than anyone would notice on a fan.
-const SPIN: Duration = Duration::from_micros(200);
+/// How long a waiting thread keeps its processor to itself: the gap between two ops of a decode
+/// step, or the end of a neighbour's piece of work.
+const SPIN: Duration = Duration::from_micros(20);
+/// How long it then goes on looking, but lets any other thread have the processor in between.
+/// After that it sleeps.
+const YIELD: Duration = Duration::from_micros(200);
 
-/// A region's body with its lifetime erased; valid until every thread has finished it.
+/// A region's body with its lifetime erased; valid until every thread that entered has left.
 #[derive(Clone, Copy)]
 struct Job(*const (dyn Fn(usize) + Sync));
-// SAFETY: the pointee is Sync and outlives the region: `run` returns only after all workers
-// have reported that they are done with it.
-unsafe impl Send for Job {}
+
+/// The region's number in the upper half of [`Shared::gate`].
+const REGION: u64 = 1 << 32;
+/// Bit of [`Shared::gate`]: nobody else may enter. Workers inside are counted below it.
+const CLOSED: u64 = 1 << 31;
 
 struct Shared {
-    /// Number of the current region; a change is the signal to start.
-    epoch: AtomicUsize,
-    /// Workers that have not finished the current region.
-    running: AtomicUsize,
-    /// Workers parked or about to park; the caller takes the lock only when there are some.
-    parked: AtomicUsize,
-    job: Mutex<Slot>,
-    wake: Condvar,
+    /// Number of the newest region, whether it is closed, and how many workers have entered it.
+    gate: AtomicU64,
+    /// Workers that have entered the newest region and left it again.
+    left: AtomicUsize,
+    /// Body of the newest region: written while nobody is inside, read by those who enter.
+    job: UnsafeCell<Job>,
+    stop: AtomicBool,
+    /// Where workers wait for a region, and where the caller waits for workers.
+    idle: Waiting,
+    done: Waiting,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-struct Slot {
-    job: Option<Job>,
-    stop: bool,
+// SAFETY: `job` is written before the gate opens (release) and read after entering through it
+// (acquire); the next write waits until all who entered have left. Its pointee is Sync.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+/// A place to wait at: spin, then yield, then sleep.
+struct Waiting {
+    asleep: AtomicUsize,
+    lock: Mutex<()>,
+    wake: Condvar,
+}
+
+impl Waiting {
+    fn new() -> Waiting {
+        Waiting {
+            asleep: AtomicUsize::new(0),
+            lock: Mutex::new(()),
+            wake: Condvar::new(),
+        }
+    }
+
+    /// Returns once `ready()`.
+    fn until(&self, ready: impl Fn() -> bool) {
+        let since = Instant::now();
+        loop {
+            for _ in 0..16 {
+                if ready() {
+                    return;
+                }
+                std::hint::spin_loop();
+            }
+            let waited = since.elapsed();
+            if waited > YIELD {
+                break;
+            }
+            if waited > SPIN {
+                std::thread::yield_now();
+            }
+        }
+        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.asleep.fetch_add(1, Ordering::Relaxed);
+        // With the fence in `wake`: either this sleeper sees the news or `wake` sees the sleeper.
+        fence(Ordering::SeqCst);
+        while !ready() {
+            lock = self.wake.wait(lock).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.asleep.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Wakes those asleep, after what they wait for has been made true.
+    fn wake(&self) {
+        fence(Ordering::SeqCst);
+        if self.asleep.load(Ordering::Relaxed) > 0 {
+            // Who has counted itself holds the lock until it sleeps.
+            drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
+            self.wake.notify_all();
+        }
+    }
 }
 
 /// Threads that run the same closure side by side. See the module's text.
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// One region at a time: `run` from two threads takes turns.
+    /// One region at a time: callers on several threads take turns.
     turn: Mutex<()>,
 }
 
 impl Pool {
     /// A pool of `n_threads` (at least one): the caller and `n_threads - 1` workers. Workers are
-    /// pinned to processors of the caller's affinity mask when there is one for each.
+    /// pinned, each to a processor of its own, if there are as many threads as processors in the
+    /// caller's affinity mask; with fewer the system knows better which to leave free.
     pub fn new(n_threads: usize) -> Pool {
         let n_threads = n_threads.max(1);
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
-            running: AtomicUsize::new(0),
-            parked: AtomicUsize::new(0),
-            job: Mutex::new(Slot {
-                job: None,
-                stop: false,
-            }),
-            wake: Condvar::new(),
+            gate: AtomicU64::new(CLOSED),
+            left: AtomicUsize::new(0),
+            job: UnsafeCell::new(Job(&|_: usize| {})),
+            stop: AtomicBool::new(false),
+            idle: Waiting::new(),
+            done: Waiting::new(),
             panic: Mutex::new(None),
         });
         let cpus = allowed_cpus();
-        let pin = cpus.len() >= n_threads;
+        let pin = cpus.len() == n_threads;
         let workers = (1..n_threads)
             .map(|thread| {
                 let shared = Arc::clone(&shared);
@@ -88,7 +152,7 @@ impl Pool {
         }
     }
 
-    /// Number of threads a region runs on, the caller included.
+    /// Number of threads a region may run on, the caller included.
     pub fn n_threads(&self) -> usize {
         self.workers.len() + 1
     }
@@ -96,47 +160,12 @@ impl Pool {
     /// Runs `f(thread)` for every thread index below [`Pool::n_threads`] and returns when all
     /// have finished. A panic in any of them is raised again here. Must not be nested.
     pub fn run(&self, f: impl Fn(usize) + Sync) {
-        if self.workers.is_empty() {
-            return f(0);
-        }
-        let _turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
-        let body: &(dyn Fn(usize) + Sync) = &f;
-        // SAFETY: only the lifetime changes; `body` lives until the wait below has ended.
-        let job = Job(unsafe {
-            std::mem::transmute::<
-                *const (dyn Fn(usize) + Sync + '_),
-                *const (dyn Fn(usize) + Sync + 'static),
-            >(body)
-        });
-        let shared = &*self.shared;
-        shared.running.store(self.workers.len(), Ordering::Relaxed);
-        shared.job.lock().expect("pool lock").job = Some(job);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
-        if shared.parked.load(Ordering::SeqCst) > 0 {
-            let _guard = shared.job.lock().expect("pool lock");
-            shared.wake.notify_all();
-        }
-        let mine = catch_unwind(AssertUnwindSafe(|| f(0)));
-        let mut spins = 0u32;
-        while shared.running.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            if spins.is_multiple_of(4096) {
-                std::thread::yield_now(); // more threads than processors
-            } else {
-                std::hint::spin_loop();
-            }
-        }
-        if let Err(panic) = mine {
-            resume_unwind(panic);
-        }
-        let theirs = shared.panic.lock().expect("pool lock").take();
-        if let Some(panic) = theirs {
-            resume_unwind(panic);
-        }
+        self.region(&f, self.workers.len());
     }
 
     /// Covers `0..n` with ranges of `grain` (the last may be shorter), each claimed by the next
-    /// free thread. One range or one thread runs on the caller alone.
+    /// free thread. One range or one thread runs on the caller alone, and the caller never waits
+    /// for a worker that has claimed nothing: one without a processor costs only its help.
     pub fn for_each(&self, n: usize, grain: usize, f: impl Fn(Range<usize>) + Sync) {
         let grain = grain.max(1);
         if n <= grain || self.workers.is_empty() {
@@ -149,7 +178,7 @@ impl Pool {
             return;
         }
         let next = AtomicUsize::new(0);
-        self.run(|_| {
+        let body = |_| {
             loop {
                 let start = next.fetch_add(grain, Ordering::Relaxed);
                 if start >= n {
@@ -157,20 +186,59 @@ impl Pool {
                 }
                 f(start..(start + grain).min(n));
             }
+        };
+        self.region(&body, 0);
+    }
+
+    /// Runs `body` on the caller and on every worker that comes before the caller is done; waits
+    /// for at least `n_needed` workers to come.
+    fn region(&self, body: &(dyn Fn(usize) + Sync), n_needed: usize) {
+        if self.workers.is_empty() {
+            return body(0);
+        }
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes; `body` lives until the waits below have ended.
+        let job = Job(unsafe {
+            std::mem::transmute::<
+                *const (dyn Fn(usize) + Sync + '_),
+                *const (dyn Fn(usize) + Sync + 'static),
+            >(body)
         });
+        // SAFETY: the last region is closed and empty: nobody reads the cell.
+        unsafe { *shared.job.get() = job }
+        shared.left.store(0, Ordering::Relaxed);
+        let region = (shared.gate.load(Ordering::Relaxed) / REGION).wrapping_add(1);
+        shared
+            .gate
+            .store(region.wrapping_mul(REGION), Ordering::Release);
+        shared.idle.wake();
+        let mine = catch_unwind(AssertUnwindSafe(|| body(0)));
+        if n_needed > 0 {
+            let left = || shared.left.load(Ordering::Acquire);
+            shared.done.until(|| left() >= n_needed);
+        }
+        let entered = (shared.gate.fetch_or(CLOSED, Ordering::AcqRel) % CLOSED) as usize;
+        let left = || shared.left.load(Ordering::Acquire);
+        shared.done.until(|| left() == entered);
+        let theirs = shared
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Err(panic) = mine {
+            resume_unwind(panic);
+        }
+        if let Some(panic) = theirs {
+            resume_unwind(panic);
+        }
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        if let Ok(mut slot) = self.shared.job.lock() {
-            slot.stop = true;
-        }
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
-        {
-            let _guard = self.shared.job.lock();
-            self.shared.wake.notify_all();
-        }
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.idle.wake();
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
@@ -180,37 +248,30 @@ impl Drop for Pool {
 fn work(shared: &Shared, thread: usize) {
     let mut seen = 0;
     loop {
-        let idle_since = Instant::now();
-        let mut spins = 0u32;
-        while shared.epoch.load(Ordering::Acquire) == seen {
-            spins += 1;
-            std::hint::spin_loop();
-            if spins.is_multiple_of(256) && idle_since.elapsed() > SPIN {
-                shared.parked.fetch_add(1, Ordering::SeqCst);
-                let mut slot = shared.job.lock().expect("pool lock");
-                while shared.epoch.load(Ordering::SeqCst) == seen {
-                    slot = shared.wake.wait(slot).expect("pool lock");
-                }
-                drop(slot);
-                shared.parked.fetch_sub(1, Ordering::SeqCst);
-            }
-        }
-        seen = shared.epoch.load(Ordering::Acquire);
-        let (job, stop) = {
-            let slot = shared.job.lock().expect("pool lock");
-            (slot.job, slot.stop)
-        };
-        if stop {
+        let open = |gate: u64| gate / REGION != seen && gate & CLOSED == 0;
+        let stop = || shared.stop.load(Ordering::Acquire);
+        shared
+            .idle
+            .until(|| open(shared.gate.load(Ordering::Acquire)) || stop());
+        if stop() {
             return;
         }
-        if let Some(Job(body)) = job {
-            // SAFETY: `run` keeps the closure alive until `running` reaches zero.
-            let body = unsafe { &*body };
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(thread))) {
-                *shared.panic.lock().expect("pool lock") = Some(panic);
-            }
-            shared.running.fetch_sub(1, Ordering::Release);
+        let enter = |gate| open(gate).then_some(gate + 1);
+        let gate = shared
+            .gate
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, enter);
+        let Ok(gate) = gate else {
+            continue; // closed in the meantime
+        };
+        seen = gate / REGION;
+        // SAFETY: entered: the cell holds this region's body, and the caller keeps it alive until
+        // this worker has left.
+        let body = unsafe { &*(*shared.job.get()).0 };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(thread))) {
+            *shared.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }
+        shared.left.fetch_add(1, Ordering::Release);
+        shared.done.wake();
     }
 }
 
@@ -299,5 +360,78 @@ mod tests {
         }));
         assert!(caught.is_err());
         pool.run(|_| {}); // still usable
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            pool.for_each(100, 1, |range| {
+                assert!(range.start != 50, "fails on purpose")
+            });
+        }));
+        assert!(caught.is_err());
+        let sum = AtomicU64::new(0);
+        pool.for_each(100, 1, |range| {
+            sum.fetch_add(range.start as u64, Ordering::Relaxed);
+        });
+        assert_eq!(sum.load(Ordering::Relaxed), 4950);
+    }
+
+    /// Far more threads than processors, regions so short that most workers come late.
+    #[test]
+    fn more_threads_than_processors_finish() {
+        let pool = Pool::new(16);
+        for n in 0..2000 {
+            let sum = AtomicU64::new(0);
+            pool.for_each(n % 40, 1, |range| {
+                sum.fetch_add(range.start as u64 + 1, Ordering::Relaxed);
+            });
+            let n = n as u64 % 40;
+            assert_eq!(sum.load(Ordering::Relaxed), n * (n + 1) / 2);
+        }
+        for _ in 0..50 {
+            let sum = AtomicU64::new(0);
+            pool.run(|t| {
+                sum.fetch_add(1 << t, Ordering::Relaxed);
+            });
+            assert_eq!(sum.load(Ordering::Relaxed), (1 << 16) - 1);
+        }
+    }
+
+    /// Pauses that end while workers spin, while they yield and while they sleep.
+    #[test]
+    fn no_wake_up_is_lost() {
+        let pool = Pool::new(3);
+        for pause in 0..300 {
+            let until = Instant::now() + Duration::from_micros(pause * 2);
+            while Instant::now() < until {
+                std::hint::spin_loop();
+            }
+            let sum = AtomicU64::new(0);
+            pool.run(|t| {
+                sum.fetch_add(1 << t, Ordering::Relaxed);
+            });
+            assert_eq!(sum.load(Ordering::Relaxed), 7);
+        }
+    }
+
+    /// Two callers share a pool in turns, each with panics of its own.
+    #[test]
+    fn callers_take_turns() {
+        let pool = Pool::new(2);
+        std::thread::scope(|scope| {
+            for caller in 0..3u64 {
+                let pool = &pool;
+                scope.spawn(move || {
+                    for n in 0..200 {
+                        let sum = AtomicU64::new(0);
+                        pool.for_each(30, 1, |_| {
+                            sum.fetch_add(caller + 1, Ordering::Relaxed);
+                        });
+                        assert_eq!(sum.load(Ordering::Relaxed), 30 * (caller + 1));
+                        let caught = catch_unwind(AssertUnwindSafe(|| {
+                            pool.run(|_| assert!(n % 10 != 0, "fails on purpose"));
+                        }));
+                        assert_eq!(caught.is_err(), n % 10 == 0);
+                    }
+                });
+            }
+        });
     }
 }

@@ -53,10 +53,14 @@ batch = 3
 lr = 1e-3
 gap_scale = 8
 save_every = 3
+[compressor]
+reconstruct = 0.1
 [joint]
 copies = 2
 lambda = 0.02
+dial = 2.0
 entropy = 0.01
+entropy_end = 0.001
 [[levels]]
 tasks = { repeat = 0.5, update = 0.5 }
 facts = [2, 4]
@@ -189,3 +193,31 @@ def test_ahn_arm_learns_nothing_but_its_memory(tmp_path):
     for name, p in after.named_parameters():
         assert name not in old or torch.equal(p, old[name]), name
     assert any(p.abs().sum() > 0 for n, p in after.named_parameters() if n.endswith("ahn.fn.o_proj.weight"))
+
+
+def test_reconstruction_counts_the_tokens_of_closed_segments(tmp_path):
+    trainer.train("compressor", settings(tmp_path), stop=1)
+    net = Mneme.load(tmp_path / "out" / "compressor" / "export")
+    ids = torch.randint(2048, (2, 9), generator=torch.Generator().manual_seed(3))
+    cut = torch.zeros(2, 9, dtype=torch.bool)
+    cut[0, 2] = cut[0, 6] = cut[1, 4] = True
+    made = {}
+    net(ids, cut, made=made)
+    total = 0.0
+    for i, (b, begin, end) in enumerate(((0, 0, 3), (0, 3, 7), (1, 0, 5))):
+        y = net.model.norm(made["slots"][i].mean(0)) @ net.model.embed_tokens.weight.T
+        total -= F.log_softmax(y, -1)[ids[b, begin:end]].mean() / 3
+    assert net.reconstruct(ids, cut, made).item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_a_text_without_cuts_reads_as_full_attention():
+    assert trainer.rule_cuts(random.Random(1), [0, 1] * 60, [False] * 120, "none", 24) == [False] * 120
+
+
+def test_levels_may_be_those_of_another_experiment(tmp_path):
+    (tmp_path / "a").mkdir()
+    own = settings(tmp_path / "a")
+    head, _, _ = own.read_text().partition("[[levels]]")
+    other = tmp_path / "other.toml"
+    other.write_text('levels = "a/run.toml"\n' + head.replace(str(tmp_path / "a" / "out"), str(tmp_path / "out")))
+    assert trainer.train("compressor", other, stop=1)[-1]["loss"] == trainer.train("compressor", own, stop=1)[-1]["loss"]

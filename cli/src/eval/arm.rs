@@ -354,12 +354,12 @@ impl Rig {
             .map(|n| n as usize);
         let default = match spec.name.as_str() {
             "full" | "gist" => 0,
-            "window" => 4,
+            "window" | "layered" => 4,
             "ahn" => in_file.unwrap_or(128),
             _ => in_file.unwrap_or(0),
         };
         match spec.name.as_str() {
-            "window" | "ahn" | "nodes" => Ok(spec.get("sinks", default)?),
+            "window" | "layered" | "ahn" | "nodes" => Ok(spec.get("sinks", default)?),
             _ => Ok(default),
         }
     }

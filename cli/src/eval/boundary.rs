@@ -155,8 +155,15 @@ fn probabilities(engine: &Engine, ids: &[u32]) -> Option<Vec<f32>> {
     let mut out = Vec::with_capacity(ids.len());
     for chunk in ids.chunks(CHUNK) {
         let mut x = vec![0.0; chunk.len() * n_embd];
-        engine.ops().get_rows(&weights.token_embd, chunk, &mut x);
-        out.extend(tensors.read(engine.ops(), &mut state, &x, chunk.len()).1);
+        engine
+            .ops()
+            .host()
+            .get_rows(&weights.token_embd, chunk, &mut x);
+        out.extend(
+            tensors
+                .read(engine.ops().host(), &mut state, &x, chunk.len())
+                .1,
+        );
     }
     Some(out)
 }

@@ -11,12 +11,12 @@ use super::window::Span;
 use super::{Context, Memory, MemorySpec, Plan, Recall, Stats};
 use crate::error::{Error, Result};
 use crate::hparams::Hparams;
-use crate::ops::{Cpu, Matrix};
+use crate::ops::{Buffer, Matrix, Ops, Recurrence, Rule};
 use crate::session::{Decoder, Encoder};
 use crate::weights::Loader;
-use mneme_kernels::recur::{Form, Recur, Rule};
-use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
+use std::sync::Arc;
 
 /// Window and sinks the authors evaluate with and describe as the default. The 256 / 0 of the
 /// published configs is a training value.
@@ -31,19 +31,19 @@ pub struct AhnTensors {
     /// `ahn_b.weight` `[n_head, n_embd]` (delta rules) or `ahn_dt.weight` (Mamba2): write strength.
     write: Matrix,
     /// `ahn_dt.bias` `[n_head]`: bias of the decay (gated delta net) or of the step (Mamba2).
-    dt_bias: Vec<f32>,
+    dt_bias: Buffer,
     /// `ahn_a.weight` `[n_head, n_embd]`, gated delta net only: decay.
     decay: Option<Matrix>,
     /// `ahn_decay` `[n_head]`: `-exp(A_log)`.
-    a: Vec<f32>,
+    a: Buffer,
     /// `ahn_g.weight` `[n_head, n_embd]`: gate of what is read.
     gate: Matrix,
     /// `ahn_g.bias` `[n_head]`, Mamba2 only.
-    gate_bias: Vec<f32>,
+    gate_bias: Option<Buffer>,
     /// `ahn_norm.weight`: `[head_dim]` per head, or `[n_head * head_dim]` at once (Mamba2).
-    norm: Vec<f32>,
+    norm: Buffer,
     /// `ahn_out.weight` as `[n_head, in, out]`.
-    out: Vec<f32>,
+    out: Buffer,
 }
 
 impl AhnTensors {
@@ -85,119 +85,82 @@ impl AhnTensors {
         Ok(Some(AhnTensors {
             write: from.matrix(&name(write), h, e)?,
             dt_bias: match rule {
-                Rule::Delta => Vec::new(),
-                _ => from.vector(&name("ahn_dt.bias"), h)?,
+                Rule::Delta => Buffer::default(),
+                _ => from.buffer(&name("ahn_dt.bias"), h)?,
             },
             decay: match rule {
                 Rule::GatedDelta => Some(from.matrix(&name("ahn_a.weight"), h, e)?),
                 _ => None,
             },
             a: match rule {
-                Rule::Delta => Vec::new(),
-                _ => from.vector(&name("ahn_decay"), h)?,
+                Rule::Delta => Buffer::default(),
+                _ => from.buffer(&name("ahn_decay"), h)?,
             },
             gate: from.matrix(&name("ahn_g.weight"), h, e)?,
             gate_bias: if ssd {
-                from.vector(&name("ahn_g.bias"), h)?
+                Some(from.buffer(&name("ahn_g.bias"), h)?)
             } else {
-                Vec::new()
+                None
             },
-            norm: from.vector(&name("ahn_norm.weight"), if ssd { h * d } else { d })?,
-            out,
+            norm: from.buffer(&name("ahn_norm.weight"), if ssd { h * d } else { d })?,
+            out: from.ops.device().upload(out)?,
             rule,
         }))
     }
 
-    /// Write strength and log decay of each row of `h` `[n, n_embd]`, as `[n, 2, n_head]`.
-    fn gates(&self, ops: &Cpu, h: &[f32], n: usize) -> Vec<f32> {
-        let heads = self.write.n_rows();
-        let mut write = vec![0.0; n * heads];
-        let mut decay = vec![0.0; n * heads];
+    /// Write strength and log decay of `rows` of `h` `[n, n_embd]`.
+    fn gates(
+        &self,
+        ops: &dyn Ops,
+        h: &Buffer,
+        rows: Range<usize>,
+        beta: &mut Buffer,
+        g: &mut Buffer,
+    ) {
         match &self.decay {
-            Some(m) => ops.mul_mat(h, n, &mut [(&self.write, &mut write), (m, &mut decay)]),
-            None => ops.mul_mat(h, n, &mut [(&self.write, &mut write)]),
+            Some(m) => ops.mul_mat(h, rows, &mut [(&self.write, &mut *beta), (m, &mut *g)]),
+            None => ops.mul_mat(h, rows, &mut [(&self.write, &mut *beta)]),
         }
-        let mut gates = vec![0.0; n * 2 * heads];
-        for t in 0..n {
-            for j in 0..heads {
-                let (w, a) = (write[t * heads + j], decay[t * heads + j]);
-                let (beta, g) = match self.rule {
-                    Rule::GatedDelta => (sigmoid(w), self.a[j] * softplus(a + self.dt_bias[j])),
-                    Rule::Delta => (sigmoid(w), 0.0),
-                    Rule::Ssd => {
-                        let delta = softplus(w + self.dt_bias[j]);
-                        (delta, self.a[j] * delta)
-                    }
-                };
-                gates[t * 2 * heads + j] = beta;
-                gates[(t * 2 + 1) * heads + j] = g;
-            }
-        }
-        gates
+        ops.gates(self.rule, beta, g, &self.a, &self.dt_bias);
     }
 
-    /// Norms, gates and projects what was read, `o` `[n, n_head, d]`, and adds it to `out`.
-    fn project(&self, ops: &Cpu, h: &[f32], o: &mut [f32], n: usize, d: usize, out: &mut [f32]) {
-        let heads = self.write.n_rows();
-        let mut gate = vec![0.0; n * heads];
-        ops.mul_mat(h, n, &mut [(&self.gate, &mut gate)]);
-        if !self.gate_bias.is_empty() {
-            ops.add_bias(&mut gate, &self.gate_bias);
+    /// Norms, gates and projects what the `rows` of `h` read, `o` `[rows, n_head, d]`, and adds it
+    /// to those rows of `out`.
+    fn project(
+        &self,
+        ops: &dyn Ops,
+        h: &Buffer,
+        rows: Range<usize>,
+        o: &mut Buffer,
+        gate: &mut Buffer,
+        d: usize,
+        out: &mut Buffer,
+    ) {
+        let first = rows.start;
+        ops.mul_mat(h, rows, &mut [(&self.gate, &mut *gate)]);
+        if let Some(bias) = &self.gate_bias {
+            ops.add_bias(gate, bias);
         }
-        let scale = |o: &mut [f32], by: f32| o.iter_mut().for_each(|x| *x *= by);
-        let silu = |g: f32| g * sigmoid(g);
         if self.rule == Rule::Ssd {
             // Mamba2 gates first, then norms all heads together.
-            for (o, &g) in o.chunks_exact_mut(d).zip(&gate) {
-                scale(o, silu(g));
-            }
+            ops.gate_heads(o, gate, d);
             ops.rms_norm_in_place(o, &self.norm, NORM_EPS);
         } else {
             ops.rms_norm_in_place(o, &self.norm, NORM_EPS);
-            for (o, &g) in o.chunks_exact_mut(d).zip(&gate) {
-                scale(o, silu(g));
-            }
+            ops.gate_heads(o, gate, d);
         }
-        let base = out.as_mut_ptr() as usize;
-        ops.pool().for_each(heads, 1, |range| {
-            for head in range {
-                let w = &self.out[head * d * d..(head + 1) * d * d];
-                for t in 0..n {
-                    let at = (t * heads + head) * d;
-                    // SAFETY: rows (t, head) of different heads do not overlap, and each head
-                    // belongs to one thread.
-                    let to =
-                        unsafe { std::slice::from_raw_parts_mut((base as *mut f32).add(at), d) };
-                    for (&z, w) in o[at..at + d].iter().zip(w.chunks_exact(d)) {
-                        for (to, &w) in to.iter_mut().zip(w) {
-                            *to += z * w;
-                        }
-                    }
-                }
-            }
-        });
+        ops.add_heads(o, &self.out, self.write.n_rows(), d, out, first);
     }
 }
 
-pub(super) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
-}
-
-/// `ln(1 + e^x)`; the identity above 20, where the difference is below F32 rounding.
-pub(super) fn softplus(x: f32) -> f32 {
-    if x > 20.0 { x } else { x.exp().ln_1p() }
-}
-
-/// One layer's recurrent state and the gates of the tokens still in the window.
-#[derive(Clone)]
+/// One layer's recurrent state.
+#[derive(Clone, Default)]
 struct LayerState {
-    /// `[n_head, head_dim, head_dim]`, `S[k index, v index]`.
-    state: Vec<f32>,
-    /// `[2, n_head]` per raw cell not yet written: write strength and log decay.
-    gates: VecDeque<f32>,
-    /// State and new gates after the pass being planned; taken over at commit.
-    next_state: Vec<f32>,
-    next_gates: Vec<f32>,
+    /// `[n_head, head_dim, head_dim]`, `S[k index, v index]`; shared by forks, never changed. Empty
+    /// in layers without.
+    state: Arc<Buffer>,
+    /// Room for the state after the pass being planned, which takes its place at commit.
+    next: Option<Arc<Buffer>>,
 }
 
 #[derive(Clone)]
@@ -208,6 +171,8 @@ struct Ahn {
     /// Layers with plain full attention and no state.
     full_layers: Vec<bool>,
     layers: Vec<LayerState>,
+    /// The state before any token was taken in.
+    zero: Arc<Buffer>,
 }
 
 pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>> {
@@ -242,20 +207,25 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
         }
     }
     let state_len = hp.n_head * hp.head_dim * hp.head_dim;
-    let layer = |full: &bool| LayerState {
-        state: vec![0.0; if *full { 0 } else { state_len }],
-        gates: VecDeque::new(),
-        next_state: Vec::new(),
-        next_gates: Vec::new(),
+    let zero = Arc::new(w.device.zeros(state_len)?);
+    let layer = |full: &bool| match full {
+        true => LayerState::default(),
+        false => LayerState {
+            state: Arc::clone(&zero),
+            next: None,
+        },
     };
+    let mut store = ctx.store();
+    store.keep_gates(hp.n_head, |il| !full_layers[il]);
     Ok(Box::new(Ahn {
-        store: ctx.store(),
+        store,
         span: Span::parse(
             spec,
             key("window", DEFAULT_WINDOW)?,
             key("sinks", DEFAULT_SINKS)?,
         )?,
         layers: full_layers.iter().map(layer).collect(),
+        zero,
         full_layers,
         ctx: ctx.clone(),
     }))
@@ -267,14 +237,6 @@ impl Ahn {
         let before = |n: usize| n.saturating_sub(self.span.window + self.span.sinks) as u64;
         before(self.span.n_tokens)..before(self.span.n_tokens + n_new)
     }
-
-    /// Empties everything.
-    fn clear(&mut self) {
-        for layer in &mut self.layers {
-            layer.state.fill(0.0);
-            layer.gates.clear();
-        }
-    }
 }
 
 impl Memory for Ahn {
@@ -282,11 +244,26 @@ impl Memory for Ahn {
         "ahn"
     }
 
-    fn plan(&mut self, _ops: &Cpu, tokens: &[u32], _wanted: bool) -> Result<Plan> {
+    fn plan(&mut self, _ops: &dyn Ops, tokens: &[u32], _wanted: bool) -> Result<Plan> {
         if self.full_layers.contains(&true) {
             self.ctx.check_room(&self.store, tokens.len())?;
         }
-        Ok(self.span.plan(tokens))
+        let recalls = self.evicted(tokens.len());
+        for (layer, full) in self.layers.iter_mut().zip(&self.full_layers) {
+            // A fork may have taken the spare state, or taken to the state itself.
+            let spare = layer
+                .next
+                .as_mut()
+                .is_some_and(|s| Arc::get_mut(s).is_some());
+            if !recalls.is_empty() && !full && !spare {
+                let state = self.ctx.weights.device.zeros(layer.state.len())?;
+                layer.next = Some(Arc::new(state));
+            }
+        }
+        Ok(Plan {
+            recalls,
+            ..self.span.plan(tokens)
+        })
     }
 
     fn store(&self) -> &Store {
@@ -301,7 +278,7 @@ impl Memory for Ahn {
         self.full_layers[layer]
     }
 
-    fn recall(&mut self, ops: &Cpu, plan: &Plan, part: Recall<'_>) {
+    fn recall(&mut self, ops: &dyn Ops, part: Recall<'_>) {
         let Some(tensors) = &self.ctx.weights.layers[part.layer].ahn else {
             return;
         };
@@ -310,87 +287,74 @@ impl Memory for Ahn {
         }
         let hp = &self.ctx.weights.hparams;
         let (heads, d, kv) = (hp.n_head, hp.head_dim, hp.n_head_kv * hp.head_dim);
-        let n = plan.entries.len();
-        let evicted = self.evicted(n);
-        let n_read = (evicted.end - evicted.start) as usize;
-        let state = &mut self.layers[part.layer];
-        state.next_gates = tensors.gates(ops, part.h, n);
+        let (rows, s) = (&part.rows.parts[part.part], part.s);
+        let n = rows.rows.len();
+        s.beta.set_len(n * heads);
+        s.g.set_len(n * heads);
+        tensors.gates(ops, part.h, rows.rows.clone(), &mut s.beta, &mut s.g);
+        let store = &mut self.store;
+        ops.write_gates(part.layer, part.rows, part.part, &s.beta, &s.g, store);
+        let n_read = rows.n_recalls();
         if n_read == 0 {
             return;
         }
-        // Token `u` of the eviction is read by the query `window` later: the last n_read rows.
-        let (mut k, mut v) = (vec![0.0; n_read * kv], vec![0.0; n_read * kv]);
-        let mut beta = vec![0.0; n_read * heads];
-        let mut g = vec![0.0; n_read * heads];
-        let held_from = self
-            .span
-            .n_tokens
-            .saturating_sub(self.span.window + self.span.sinks);
-        let first_new = self.span.n_tokens.saturating_sub(self.span.sinks) as u64;
-        // New tokens that are sinks have gates too, never used.
-        let new_sinks = self.span.sinks.saturating_sub(self.span.n_tokens);
-        for (i, u) in evicted.clone().enumerate() {
-            let kv_row = i * kv..(i + 1) * kv;
-            self.store
-                .read_raw(part.layer, u, &mut k[kv_row.clone()], &mut v[kv_row]);
-            let to = i * heads..(i + 1) * heads;
-            if u >= first_new {
-                let row = ((u - first_new) as usize + new_sinks) * 2 * heads;
-                beta[to.clone()].copy_from_slice(&state.next_gates[row..row + heads]);
-                g[to].copy_from_slice(&state.next_gates[row + heads..row + 2 * heads]);
-            } else {
-                let row = (u as usize - held_from) * 2 * heads;
-                let gates = state.gates.range(row..row + 2 * heads);
-                for (to, &gate) in beta[to.clone()].iter_mut().chain(&mut g[to]).zip(gates) {
-                    *to = gate;
-                }
-            }
-        }
-        state.next_state.clear();
-        state.next_state.extend_from_slice(&state.state);
-        let mut o = vec![0.0; n_read * heads * d];
-        let from = (n - n_read) * heads * d;
-        ops.recur(
-            Form::Auto,
-            &mut [Recur {
-                rule: tensors.rule,
-                n_tokens: n_read,
-                n_head: heads,
-                n_head_k: hp.n_head_kv,
-                head_dim_k: d,
-                head_dim_v: d,
-                q: &part.q[from..],
-                k: &k,
-                v: &v,
-                g: if tensors.rule == Rule::Delta { &[] } else { &g },
-                beta: &beta,
-                resets: &[],
-                state: &mut state.next_state,
-                out: &mut o,
-            }],
+        s.beta.set_len(n_read * heads);
+        s.g.set_len(n_read * heads);
+        s.k.set_len(n_read * kv);
+        s.v.set_len(n_read * kv);
+        ops.read_cells(
+            part.layer,
+            part.rows,
+            part.part,
+            store,
+            &mut s.k,
+            &mut s.v,
+            &mut s.beta,
+            &mut s.g,
         );
-        let h = &part.h[(n - n_read) * hp.n_embd..];
-        tensors.project(ops, h, &mut o, n_read, d, &mut part.out[from..]);
+        s.o.set_len(n_read * heads * d);
+        s.gate.set_len(n_read * heads);
+        // A token taken in is read by the query `window` later: the last n_read rows.
+        let readers = rows.rows.end - n_read..rows.rows.end;
+        let layer = &mut self.layers[part.layer];
+        let next = layer.next.as_mut().and_then(Arc::get_mut);
+        ops.recur(Recurrence {
+            rule: tensors.rule,
+            rows: readers.clone(),
+            n_head: heads,
+            n_head_kv: hp.n_head_kv,
+            head_dim: d,
+            q: part.q,
+            k: &s.k,
+            v: &s.v,
+            beta: &s.beta,
+            g: &s.g,
+            state: &layer.state,
+            next: next.expect("the plan made room for the next state"),
+            out: &mut s.o,
+        });
+        tensors.project(ops, part.h, readers, &mut s.o, &mut s.gate, d, part.out);
     }
 
-    fn commit(&mut self, _: &Cpu, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
-        let heads = self.ctx.weights.hparams.n_head;
-        let new_sinks = self.span.sinks.saturating_sub(self.span.n_tokens);
-        let n_read = self.evicted(plan.n_tokens);
-        let n_read = (n_read.end - n_read.start) as usize;
-        for (il, layer) in self.layers.iter_mut().enumerate() {
-            if self.full_layers[il] {
-                continue;
+    fn buffers(&self) -> Vec<&Buffer> {
+        let states = self
+            .layers
+            .iter()
+            .flat_map(|l| [Some(&l.state), l.next.as_ref()]);
+        states
+            .flatten()
+            .map(|state| &**state)
+            .filter(|state| !state.is_empty())
+            .collect()
+    }
+
+    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
+        if !plan.recalls.is_empty() {
+            for layer in &mut self.layers {
+                if let Some(next) = &mut layer.next {
+                    std::mem::swap(&mut layer.state, next);
+                }
             }
-            if n_read > 0 {
-                std::mem::swap(&mut layer.state, &mut layer.next_state);
-            }
-            let new_sinks = new_sinks.min(plan.n_tokens);
-            layer
-                .gates
-                .extend(&layer.next_gates[new_sinks * 2 * heads..]);
-            layer.gates.drain(..n_read * 2 * heads);
-            layer.next_gates = Vec::new();
         }
         self.span.advance(&mut self.store, plan);
         // One cell more than the next query sees: it writes the token that has just left.
@@ -400,7 +364,6 @@ impl Memory for Ahn {
     }
 
     fn truncate(&mut self, n: usize) -> usize {
-        let heads = self.ctx.weights.hparams.n_head;
         // The state cannot forget: only what has not left the window can be taken back.
         let n = n.min(self.span.n_tokens);
         let capacity = self.span.window + self.span.sinks;
@@ -409,27 +372,29 @@ impl Memory for Ahn {
             .span
             .truncate(&mut self.store, if exact { n } else { 0 });
         if n == 0 {
-            self.clear();
-        }
-        for layer in &mut self.layers {
-            layer
-                .gates
-                .truncate(n.saturating_sub(self.span.sinks) * 2 * heads);
+            for (layer, full) in self.layers.iter_mut().zip(&self.full_layers) {
+                if !full {
+                    layer.state = Arc::clone(&self.zero);
+                }
+            }
         }
         n
     }
 
     fn fork(&self) -> Box<dyn Memory> {
-        Box::new(self.clone())
+        let mut fork = self.clone();
+        fork.layers.iter_mut().for_each(|layer| layer.next = None);
+        Box::new(fork)
     }
 
     fn save(&self, out: &mut Encoder<'_>) -> io::Result<()> {
         self.span.save(out)?;
         self.store.save(out)?;
-        for layer in &self.layers {
-            out.f32s(&layer.state)?;
+        let begin = self.evicted(0).start;
+        for (il, layer) in self.layers.iter().enumerate() {
+            out.f32s(&layer.state.read().map_err(io::Error::other)?)?;
             if !layer.state.is_empty() {
-                out.f32s(&layer.gates.iter().copied().collect::<Vec<_>>())?;
+                self.store.save_gates(il, begin, out)?;
             }
         }
         Ok(())
@@ -439,30 +404,32 @@ impl Memory for Ahn {
         self.span.restore(from)?;
         self.store.restore(from, self.ctx.n_ctx)?;
         self.span.check(&self.store)?;
-        let heads = self.ctx.weights.hparams.n_head;
-        let held = self.span.n_tokens.min(self.span.window + self.span.sinks);
-        let n_gates = held.saturating_sub(self.span.sinks);
+        // The token that leaves next must still be held.
+        if self.store.raw_begin() > self.evicted(0).start
+            && self.layers.iter().any(|l| !l.state.is_empty())
+        {
+            return Err(io::Error::other(
+                "the cell that leaves the window next is not in the file",
+            ));
+        }
+        let begin = self.evicted(0).start;
         for (il, layer) in self.layers.iter_mut().enumerate() {
-            from.f32s_into(&mut layer.state)?;
+            let mut state = vec![0.0; layer.state.len()];
+            from.f32s_into(&mut state)?;
             if self.full_layers[il] {
                 continue;
             }
-            let mut gates = vec![0.0; n_gates * 2 * heads];
-            from.f32s_into(&mut gates)?;
-            layer.gates = gates.into();
+            let state = self.ctx.weights.device.upload(state);
+            layer.state = Arc::new(state.map_err(io::Error::other)?);
+            self.store.restore_gates(il, begin, from)?;
         }
         Ok(())
     }
 
     fn stats(&self) -> Stats {
         let n_cells = self.store.n_cells();
-        let hp = &self.ctx.weights.hparams;
-        let gate_bytes = 2 * hp.n_head * size_of::<f32>();
-        let state_bytes: usize = self
-            .layers
-            .iter()
-            .map(|l| (l.state.len() + l.gates.len()) * size_of::<f32>())
-            .sum();
+        let states: usize = self.layers.iter().map(|l| l.state.len()).sum();
+        let states = states * size_of::<f32>();
         let n_dropped = if self.full_layers.iter().all(|f| *f) {
             0
         } else {
@@ -475,11 +442,9 @@ impl Memory for Ahn {
             n_cells,
             n_dropped,
             cell_bytes: self.store.bytes(),
-            state_bytes,
+            state_bytes: states + self.store.bytes_of_gates(),
             full_bytes: self.span.n_tokens * self.ctx.cell_bytes(),
-            bound_bytes: self.ctx.page_bound(n_cells + 1, 2)
-                + state_bytes
-                + hp.n_layer * gate_bytes,
+            bound_bytes: self.ctx.page_bound(n_cells + 1, 2) + states + self.store.gates_bound(),
             ..Stats::default()
         }
     }

@@ -117,7 +117,8 @@ fn has_blank_line(space: &[u8]) -> bool {
 }
 
 /// Whether a sentence ends with the token of bytes `piece`, given its neighbours' bytes: `. ? !`
-/// followed by white space in this token or the next, `。？！`, or a blank line.
+/// followed by white space in this token or the next or by a control token (whose bytes are
+/// empty), `。？！`, or a blank line.
 pub fn sentence_ends(before: Option<&[u8]>, piece: &[u8], after: &[u8]) -> bool {
     let space = tail(piece);
     let body = &piece[..piece.len() - space.len()];
@@ -129,7 +130,7 @@ pub fn sentence_ends(before: Option<&[u8]>, piece: &[u8], after: &[u8]) -> bool 
     {
         return true;
     }
-    if stop(piece) && after.first().is_some_and(|&b| is_space(b)) {
+    if stop(piece) && after.first().is_none_or(|&b| is_space(b)) {
         return true;
     }
     // A blank line made of two tokens.
@@ -193,6 +194,10 @@ mod tests {
         assert!(ends("a\n", "\n", "B"));
         assert!(!ends("a", "\n", "B"));
         assert!(!ends("a\n\n", "\n", "B"), "one blank line, one cut");
+        assert!(
+            ends("a", ".", ""),
+            "a turn ends and a control token follows"
+        );
         assert!(!ends("3", ".", "14"));
         assert!(!ends("a", "b", " c"));
         assert!(!ends("a", "", " c"));

@@ -3,7 +3,7 @@
 use super::store::{Cell, Store};
 use super::{Context, Entry, Memory, MemorySpec, Plan, Source, Stats};
 use crate::error::Result;
-use crate::ops::Cpu;
+use crate::ops::Ops;
 use crate::session::{Decoder, Encoder};
 use mneme_kernels::attend::Visible;
 use std::io;
@@ -26,7 +26,7 @@ impl Memory for Full {
         "full"
     }
 
-    fn plan(&mut self, _ops: &Cpu, tokens: &[u32], _wanted: bool) -> Result<Plan> {
+    fn plan(&mut self, _ops: &dyn Ops, tokens: &[u32], _wanted: bool) -> Result<Plan> {
         self.ctx.check_room(&self.store, tokens.len())?;
         let past = self.store.raw_end();
         let entries = tokens.iter().enumerate().map(|(i, &id)| Entry {
@@ -43,7 +43,7 @@ impl Memory for Full {
         Ok(Plan {
             n_tokens: tokens.len(),
             entries: entries.collect(),
-            embeds: Vec::new(),
+            ..Plan::default()
         })
     }
 
@@ -55,7 +55,7 @@ impl Memory for Full {
         &mut self.store
     }
 
-    fn commit(&mut self, _: &Cpu, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
+    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
         self.store.commit(0, plan.n_tokens);
         plan.n_tokens
     }

@@ -5,7 +5,7 @@
 use super::store::{Cell, Store};
 use super::{Context, Entry, Memory, MemorySpec, NodeInfo, Plan, Source, Stats};
 use crate::error::Result;
-use crate::ops::Cpu;
+use crate::ops::Ops;
 use crate::session::{Decoder, Encoder};
 use mneme_kernels::attend::Visible;
 use std::io;
@@ -139,7 +139,7 @@ impl Memory for Gist {
         "gist"
     }
 
-    fn plan(&mut self, _ops: &Cpu, tokens: &[u32], _wanted: bool) -> Result<Plan> {
+    fn plan(&mut self, _ops: &dyn Ops, tokens: &[u32], _wanted: bool) -> Result<Plan> {
         self.ctx.check_room(&self.store, tokens.len())?;
         Ok(self.walk(tokens).1)
     }
@@ -156,7 +156,7 @@ impl Memory for Gist {
         (self.at.n_sinks as u32, 0)
     }
 
-    fn commit(&mut self, _: &Cpu, plan: &Plan, tokens: &[u32], _: Option<&[f32]>) -> usize {
+    fn commit(&mut self, _: &dyn Ops, plan: &Plan, tokens: &[u32], _: Option<&[f32]>) -> usize {
         self.at = self.walk(&tokens[..plan.n_tokens]).0;
         let (kept, raw) = plan.n_cells();
         self.store.commit(kept, raw);
@@ -170,7 +170,7 @@ impl Memory for Gist {
             return self.at.n_tokens;
         }
         self.at = At::default();
-        self.store = self.ctx.store();
+        self.store.clear();
         0
     }
 

@@ -8,6 +8,7 @@ pub mod ahn;
 pub mod decider;
 pub mod full;
 pub mod gist;
+mod layered;
 pub mod nodes;
 pub mod spec;
 pub mod store;
@@ -15,12 +16,13 @@ pub mod trunk;
 pub mod window;
 
 use crate::error::{Error, Result};
-use crate::ops::Cpu;
+use crate::ops::{Buffer, Ops, Rows};
 use crate::session::{Decoder, Encoder};
 use crate::weights::Weights;
 use mneme_kernels::attend::{PAGE_CELLS, PageLayout, Visible};
 use spec::MemorySpec;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use store::{Cell, Store};
 
@@ -40,7 +42,8 @@ pub struct Context {
 impl Context {
     /// An empty store for this model.
     pub fn store(&self) -> Store {
-        Store::new(self.layout, self.weights.hparams.n_layer)
+        let device = self.weights.device.clone();
+        Store::new(device, self.layout, self.weights.hparams.n_layer)
     }
 
     /// Bytes of one cell in all layers.
@@ -109,6 +112,8 @@ pub struct Plan {
     pub entries: Vec<Entry>,
     /// Embeddings of slots, `[n, n_embd]`.
     pub embeds: Vec<f32>,
+    /// Raw cells that [`Memory::recall`] takes in; those of the pass itself included.
+    pub recalls: Range<u64>,
 }
 
 impl Plan {
@@ -127,12 +132,35 @@ impl Plan {
 pub struct Recall<'a> {
     /// Layer index.
     pub layer: usize,
+    /// The rows of the pass.
+    pub rows: &'a Rows,
+    /// Which part of them is this sequence's.
+    pub part: usize,
     /// Inputs of the layer after its first norm, `[n, n_embd]`.
-    pub h: &'a [f32],
+    pub h: &'a Buffer,
     /// Rotated queries `[n, n_head, head_dim]`.
-    pub q: &'a [f32],
+    pub q: &'a Buffer,
     /// Attention output, added to, `[n, n_head, head_dim]`.
-    pub out: &'a mut [f32],
+    pub out: &'a mut Buffer,
+    /// Buffers for whatever lies between, with room for every row of the pass.
+    pub s: &'a mut RecallScratch,
+}
+
+/// What recurrent memories compute with, kept between passes.
+#[derive(Default)]
+pub struct RecallScratch {
+    /// Write strengths of a part's rows, later of the cells taken in `[n, n_head]`.
+    pub beta: Buffer,
+    /// Log decays of the same.
+    pub g: Buffer,
+    /// Keys taken in `[n, n_head_kv, head_dim]`.
+    pub k: Buffer,
+    /// Values taken in `[n, n_head_kv, head_dim]`.
+    pub v: Buffer,
+    /// What was read `[n, n_head, head_dim]`.
+    pub o: Buffer,
+    /// Gate of what was read `[n, n_head]`.
+    pub gate: Buffer,
 }
 
 /// The interface of all memories.
@@ -143,7 +171,7 @@ pub trait Memory: Send {
     /// Lays out the next pass over a prefix of `tokens`. `wanted` says whether logits of every
     /// token will be read (then no row may be skipped). On an error nothing has changed; what a
     /// plan computed ahead is dropped unless [`Memory::commit`] follows.
-    fn plan(&mut self, ops: &Cpu, tokens: &[u32], wanted: bool) -> Result<Plan>;
+    fn plan(&mut self, ops: &dyn Ops, tokens: &[u32], wanted: bool) -> Result<Plan>;
 
     /// The cells.
     fn store(&self) -> &Store;
@@ -163,7 +191,12 @@ pub trait Memory: Send {
 
     /// Adds what the memory recalls to the attention output of one layer, after that layer's
     /// keys and values have been written.
-    fn recall(&mut self, _ops: &Cpu, _plan: &Plan, _part: Recall<'_>) {}
+    fn recall(&mut self, _ops: &dyn Ops, _part: Recall<'_>) {}
+
+    /// The buffers that [`Memory::recall`] reads and writes in the planned pass, beside cells.
+    fn buffers(&self) -> Vec<&Buffer> {
+        Vec::new()
+    }
 
     /// Whether [`Memory::commit`] needs the logits of every token.
     fn reads_logits(&self) -> bool {
@@ -174,7 +207,13 @@ pub trait Memory: Send {
     /// later entries cannot see. `logits` has a row per token of the plan when
     /// [`Memory::reads_logits`]. Returns how many tokens were taken, at most `plan.n_tokens`; the
     /// others must be offered again.
-    fn commit(&mut self, ops: &Cpu, plan: &Plan, tokens: &[u32], logits: Option<&[f32]>) -> usize;
+    fn commit(
+        &mut self,
+        ops: &dyn Ops,
+        plan: &Plan,
+        tokens: &[u32],
+        logits: Option<&[f32]>,
+    ) -> usize;
 
     /// Forgets tokens from the end until at most `n` remain and returns how many do remain: as
     /// many as are still exactly known, often fewer than `n`.
@@ -291,6 +330,12 @@ pub const MEMORIES: &[Row] = &[
         about: "the first tokens (sinks) and the last ones (StreamingLLM)",
         options: &["window", "sinks"],
         build: window::build,
+    },
+    Row {
+        name: "layered",
+        about: "some layers keep everything, the others sinks and a window",
+        options: &["full", "window", "sinks"],
+        build: layered::build,
     },
     Row {
         name: "ahn",

@@ -3,82 +3,28 @@
 //! Two regions. *Kept* cells (sinks, node slots) are an append-only sequence numbered from 0.
 //! *Raw* cells are numbered from 0 as they come and are freed from the front; a page goes back
 //! to the allocator as soon as its last cell is freed. A cell's key carries its rotation, hence
-//! its position, with it: the number of a cell says nothing about the position.
+//! its position, with it: the number of a cell says nothing about the position. Beside a raw cell
+//! may stand its gates, which a recurrent memory needs when it takes the cell in.
+//!
+//! Pages lie on the device that runs the model; this file only keeps the books.
 
+use crate::error::Result;
+use crate::ops::{Device, Ops, Page};
 use crate::session::{Decoder, Encoder};
-use mneme_kernels::attend::{PAGE_CELLS, PageLayout};
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-static LIVE_BYTES: AtomicUsize = AtomicUsize::new(0);
-
-/// Bytes of all pages alive in this process, shared ones counted once.
-pub fn live_page_bytes() -> usize {
-    LIVE_BYTES.load(Ordering::Relaxed)
-}
-
-/// One page: a 64-byte aligned buffer.
-struct Page {
-    ptr: *mut u8,
-    len: usize,
-}
-
-// SAFETY: a page owns its memory alone; shared access is read only, through `Arc`.
-unsafe impl Send for Page {}
-// SAFETY: as above.
-unsafe impl Sync for Page {}
-
-impl Page {
-    fn layout(len: usize) -> Layout {
-        Layout::from_size_align(len.max(64), 64).expect("a page is far below isize::MAX")
-    }
-
-    fn new(len: usize) -> Page {
-        let layout = Page::layout(len);
-        // SAFETY: the layout has a non-zero size.
-        let ptr = unsafe { alloc_zeroed(layout) };
-        if ptr.is_null() {
-            handle_alloc_error(layout);
-        }
-        LIVE_BYTES.fetch_add(len, Ordering::Relaxed);
-        Page { ptr, len }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: `ptr` is valid for `len` initialised bytes while self lives.
-        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `&mut self` is the only access.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
-    }
-}
-
-impl Clone for Page {
-    fn clone(&self) -> Page {
-        let mut page = Page::new(self.len);
-        page.bytes_mut().copy_from_slice(self.bytes());
-        page
-    }
-}
-
-impl Drop for Page {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with the same layout.
-        unsafe { dealloc(self.ptr, Page::layout(self.len)) };
-        LIVE_BYTES.fetch_sub(self.len, Ordering::Relaxed);
-    }
-}
 
 /// Cells of one layer.
 #[derive(Clone, Default)]
 struct LayerCells {
     kept: Vec<Arc<Page>>,
     raw: VecDeque<Arc<Page>>,
+    /// Gates of the raw cells, page by page beside `raw`; none in layers without.
+    gates: VecDeque<Arc<Page>>,
+    /// Whether this layer keeps gates.
+    has_gates: bool,
     /// Number of the first raw cell still held; everything below is freed.
     raw_begin: u64,
 }
@@ -88,13 +34,21 @@ impl LayerCells {
     fn raw_base(&self) -> u64 {
         self.raw_begin / PAGE_CELLS as u64 * PAGE_CELLS as u64
     }
+
+    /// Index of the page of raw cell `at`.
+    fn raw_page(&self, at: u64) -> usize {
+        ((at - self.raw_base()) / PAGE_CELLS as u64) as usize
+    }
 }
 
 /// The cells of one sequence in all layers. `clone` shares pages; a shared page is copied by
 /// whoever writes to it first.
 #[derive(Clone)]
 pub struct Store {
+    device: Device,
     layout: PageLayout,
+    /// Gates beside a raw cell: write strengths where keys would be, log decays as values.
+    gates: Option<PageLayout>,
     layers: Vec<LayerCells>,
     n_kept: usize,
     raw_end: u64,
@@ -111,7 +65,25 @@ pub enum Cell {
     Raw(usize),
 }
 
-/// What `attend` reads of one layer.
+/// Which of a cell's pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Region {
+    /// Keys and values.
+    Cells,
+    /// Gates.
+    Gates,
+}
+
+/// A new order of the kept cells, and the pages it takes; see [`Store::rearrangement`].
+pub struct Rearrangement {
+    order: Vec<usize>,
+    /// Pages at the front that stay as they are.
+    keep_pages: usize,
+    /// The other pages, of each layer.
+    fresh: Vec<Vec<Page>>,
+}
+
+/// What `attend` reads of one layer on the host.
 pub struct View<'a> {
     /// Kept pages, cell i in page i / 64.
     pub kept: Vec<&'a [u8]>,
@@ -122,15 +94,52 @@ pub struct View<'a> {
 }
 
 impl Store {
-    /// An empty store of `n_layer` layers.
-    pub fn new(layout: PageLayout, n_layer: usize) -> Store {
+    /// An empty store of `n_layer` layers on `device`.
+    pub fn new(device: Device, layout: PageLayout, n_layer: usize) -> Store {
         Store {
+            device,
             layout,
+            gates: None,
             layers: vec![LayerCells::default(); n_layer],
             n_kept: 0,
             raw_end: 0,
             hold: false,
         }
+    }
+
+    /// Keeps `n_head` write strengths and log decays beside every raw cell of the layers for which
+    /// `layer` is true. The store is empty.
+    pub fn keep_gates(&mut self, n_head: usize, layer: impl Fn(usize) -> bool) {
+        self.gates = Some(PageLayout {
+            n_head_kv: 1,
+            head_dim_k: n_head,
+            head_dim_v: n_head,
+            ty_k: KvType::F32,
+            ty_v: KvType::F32,
+        });
+        for (i, cells) in self.layers.iter_mut().enumerate() {
+            cells.has_gates = layer(i);
+        }
+    }
+
+    /// Forgets every cell.
+    pub fn clear(&mut self) {
+        for cells in &mut self.layers {
+            *cells = LayerCells {
+                has_gates: cells.has_gates,
+                ..LayerCells::default()
+            };
+        }
+        (self.n_kept, self.raw_end, self.hold) = (0, 0, false);
+    }
+
+    /// Layout of the pages of gates, where there are any.
+    pub fn gates_layout(&self) -> Option<&PageLayout> {
+        self.gates.as_ref()
+    }
+
+    fn gate_bytes(&self) -> usize {
+        self.gates.map_or(0, |gates| gates.page_bytes())
     }
 
     /// The page layout, the same in all layers.
@@ -164,10 +173,23 @@ impl Store {
         self.n_kept + self.n_raw()
     }
 
-    /// Bytes of the pages held, pages shared with a fork included.
+    /// Bytes of the pages of keys and values held, pages shared with a fork included.
     pub fn bytes(&self) -> usize {
         let pages: usize = self.layers.iter().map(|l| l.kept.len() + l.raw.len()).sum();
         pages * self.layout.page_bytes()
+    }
+
+    /// Bytes of the pages of gates held.
+    pub fn bytes_of_gates(&self) -> usize {
+        let pages: usize = self.layers.iter().map(|l| l.gates.len()).sum();
+        pages * self.gate_bytes()
+    }
+
+    /// Upper bound on [`Store::bytes_of_gates`] after one more cell.
+    pub fn gates_bound(&self) -> usize {
+        let layers = self.layers.iter().filter(|l| l.has_gates);
+        let pages: usize = layers.map(|l| l.gates.len() + 1).sum();
+        pages * self.gate_bytes()
     }
 
     /// Never free a cell from now on (visibility does not change): the mask that dropping is
@@ -176,78 +198,175 @@ impl Store {
         self.hold = true;
     }
 
-    /// Writes keys and values `[n, n_head_kv, head_dim]` of new entries of one layer. The cells
-    /// count only once [`Store::commit`] has been called; until then writing again overwrites.
-    pub fn write(&mut self, layer: usize, cells: &[Cell], k: &[f32], v: &[f32]) {
-        let row = self.layout.n_head_kv * self.layout.head_dim_k;
-        let (n_kept, raw_end) = (self.n_kept as u64, self.raw_end);
-        let cells_of = &mut self.layers[layer];
-        let base = cells_of.raw_base();
+    /// Allocates pages for `n_kept` and `n_raw` new cells in every layer and makes those that will
+    /// be written this store's own. On an error nothing has changed.
+    pub fn reserve(&mut self, n_kept: usize, n_raw: usize) -> Result<()> {
+        let result = self.try_reserve(n_kept, n_raw);
+        if result.is_err() {
+            self.trim();
+        }
+        result
+    }
+
+    /// Returns what [`Store::reserve`] allocated when the pass is not run after all.
+    pub fn unreserve(&mut self) {
+        self.trim();
+    }
+
+    fn try_reserve(&mut self, n_kept: usize, n_raw: usize) -> Result<()> {
+        let page_of = |at: u64| (at / PAGE_CELLS as u64) as usize;
+        for cells in &mut self.layers {
+            if n_kept > 0 {
+                let (first, last) = (self.n_kept, self.n_kept + n_kept - 1);
+                let last = page_of(last as u64);
+                while cells.kept.len() <= last {
+                    let page = self.device.page(&self.layout)?;
+                    cells.kept.push(Arc::new(page));
+                }
+                let pages = &mut cells.kept[page_of(first as u64)..=last];
+                pages.iter_mut().try_for_each(own)?;
+            }
+            if n_raw > 0 {
+                let first = cells.raw_page(self.raw_end);
+                let last = cells.raw_page(self.raw_end + n_raw as u64 - 1);
+                while cells.raw.len() <= last {
+                    let page = self.device.page(&self.layout)?;
+                    cells.raw.push_back(Arc::new(page));
+                }
+                cells.raw.range_mut(first..=last).try_for_each(own)?;
+                if let (Some(layout), true) = (&self.gates, cells.has_gates) {
+                    while cells.gates.len() <= last {
+                        let page = self.device.page(layout)?;
+                        cells.gates.push_back(Arc::new(page));
+                    }
+                    cells.gates.range_mut(first..=last).try_for_each(own)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of a new entry's cell in its region.
+    fn number(&self, cell: Cell) -> u64 {
+        match cell {
+            Cell::Kept(c) => (self.n_kept + c) as u64,
+            Cell::Raw(c) => self.raw_end + c as u64,
+        }
+    }
+
+    /// Page and place in the page of a new entry's cell, once reserved, or of its gates.
+    pub fn place(&self, layer: usize, cell: Cell, region: Region) -> Option<(&Page, usize)> {
+        let cells = &self.layers[layer];
+        let at = self.number(cell);
+        let page = match (cell, region) {
+            (Cell::Kept(_), Region::Gates) => return None,
+            (Cell::Kept(_), Region::Cells) => &cells.kept[(at / PAGE_CELLS as u64) as usize],
+            (Cell::Raw(_), Region::Cells) => &cells.raw[cells.raw_page(at)],
+            (Cell::Raw(_), Region::Gates) => cells.gates.get(cells.raw_page(at))?,
+        };
+        Some((page, (at % PAGE_CELLS as u64) as usize))
+    }
+
+    /// Page and place in the page of raw cell `at`, or of its gates.
+    ///
+    /// # Panics
+    /// When the cell is freed or was never reserved.
+    pub fn raw_place(&self, layer: usize, at: u64, region: Region) -> Option<(&Page, usize)> {
+        let cells = &self.layers[layer];
+        assert!(at >= cells.raw_begin, "raw cell {at} is freed");
+        let pages = match region {
+            Region::Cells => &cells.raw,
+            Region::Gates if !cells.has_gates => return None,
+            Region::Gates => &cells.gates,
+        };
+        let page = &pages[cells.raw_page(at)];
+        Some((page, (at % PAGE_CELLS as u64) as usize))
+    }
+
+    /// Writes keys and values `[n, n_head_kv, head_dim]` of new entries of one layer, or their
+    /// gates, to pages of the host that [`Store::reserve`] has made. The cells count only once
+    /// [`Store::commit`] has been called; until then writing again overwrites.
+    pub fn write(&mut self, layer: usize, cells: &[Cell], region: Region, k: &[f32], v: &[f32]) {
+        let layout = match region {
+            Region::Cells => self.layout,
+            Region::Gates => self.gates.expect("the memory keeps gates"),
+        };
+        let row = layout.n_head_kv * layout.head_dim_k;
         let mut i = 0;
         while i < cells.len() {
             // A run of entries that land side by side in one page is written at once.
-            let (kept, at) = match cells[i] {
-                Cell::Kept(c) => (true, n_kept + c as u64),
-                Cell::Raw(c) => (false, raw_end + c as u64),
-            };
+            let kept = matches!(cells[i], Cell::Kept(_));
+            let at = self.number(cells[i]);
             let in_page = (at % PAGE_CELLS as u64) as usize;
             let mut n = 1;
-            while i + n < cells.len() && in_page + n < PAGE_CELLS {
-                let next = match cells[i + n] {
-                    Cell::Kept(c) if kept => n_kept + c as u64,
-                    Cell::Raw(c) if !kept => raw_end + c as u64,
-                    _ => break,
-                };
-                if next != at + n as u64 {
-                    break;
-                }
+            while i + n < cells.len()
+                && in_page + n < PAGE_CELLS
+                && matches!(cells[i + n], Cell::Kept(_)) == kept
+                && self.number(cells[i + n]) == at + n as u64
+            {
                 n += 1;
             }
-            let page_bytes = self.layout.page_bytes();
-            let page = if kept {
-                let index = (at / PAGE_CELLS as u64) as usize;
-                while cells_of.kept.len() <= index {
-                    cells_of.kept.push(Arc::new(Page::new(page_bytes)));
+            let cells_of = &mut self.layers[layer];
+            let page = match (kept, region) {
+                (true, Region::Cells) => {
+                    Some(&mut cells_of.kept[(at / PAGE_CELLS as u64) as usize])
                 }
-                &mut cells_of.kept[index]
-            } else {
-                let index = ((at - base) / PAGE_CELLS as u64) as usize;
-                while cells_of.raw.len() <= index {
-                    cells_of.raw.push_back(Arc::new(Page::new(page_bytes)));
+                (true, Region::Gates) => None,
+                (false, _) => {
+                    let index = cells_of.raw_page(at);
+                    Some(match region {
+                        Region::Cells => &mut cells_of.raw[index],
+                        Region::Gates => &mut cells_of.gates[index],
+                    })
                 }
-                &mut cells_of.raw[index]
             };
-            self.layout.write(
-                Arc::make_mut(page).bytes_mut(),
-                in_page,
-                n,
-                &k[i * row..(i + n) * row],
-                &v[i * row..(i + n) * row],
-            );
+            if let Some(page) = page {
+                let rows = i * row..(i + n) * row;
+                let page = reserved(page).host_mut();
+                layout.write(page, in_page, n, &k[rows.clone()], &v[rows]);
+            }
             i += n;
         }
+    }
+
+    /// Kept and raw pages of one layer, and the number of cell 0 of the first raw page.
+    pub fn pages(
+        &self,
+        layer: usize,
+    ) -> (
+        impl Iterator<Item = &Page>,
+        impl Iterator<Item = &Page>,
+        u64,
+    ) {
+        let cells = &self.layers[layer];
+        let kept = cells.kept.iter().map(|page| &**page);
+        let raw = cells.raw.iter().map(|page| &**page);
+        (kept, raw, cells.raw_base())
     }
 
     /// The pages of one layer, written but uncommitted cells included.
     pub fn view(&self, layer: usize) -> View<'_> {
         let cells = &self.layers[layer];
         View {
-            kept: cells.kept.iter().map(|p| p.bytes()).collect(),
-            raw: cells.raw.iter().map(|p| p.bytes()).collect(),
+            kept: cells.kept.iter().map(|p| p.host()).collect(),
+            raw: cells.raw.iter().map(|p| p.host()).collect(),
             raw_base: cells.raw_base(),
         }
     }
 
-    /// Key and value rows of raw cell `at` of one layer, dequantised.
+    /// Key and value rows of raw cell `at` of one layer, dequantised, or its gates, from pages of
+    /// the host.
     ///
     /// # Panics
     /// When the cell is freed or was never written.
-    pub fn read_raw(&self, layer: usize, at: u64, k: &mut [f32], v: &mut [f32]) {
-        let cells = &self.layers[layer];
-        assert!(at >= cells.raw_begin, "raw cell {at} is freed");
-        let index = ((at - cells.raw_base()) / PAGE_CELLS as u64) as usize;
-        let in_page = (at % PAGE_CELLS as u64) as usize;
-        self.layout.read(cells.raw[index].bytes(), in_page, k, v);
+    pub fn read_raw(&self, layer: usize, at: u64, region: Region, k: &mut [f32], v: &mut [f32]) {
+        let layout = match region {
+            Region::Cells => self.layout,
+            Region::Gates => self.gates.expect("the memory keeps gates"),
+        };
+        let place = self.raw_place(layer, at, region);
+        let (page, in_page) = place.expect("the layer keeps gates");
+        layout.read(page.host(), in_page, k, v);
     }
 
     /// Makes the first new `n_kept` kept and `n_raw` raw cells part of the store.
@@ -269,6 +388,7 @@ impl Store {
             }
             let pages = (begin / PAGE_CELLS as u64 - cells.raw_base() / PAGE_CELLS as u64) as usize;
             cells.raw.drain(..pages.min(cells.raw.len()));
+            cells.gates.drain(..pages.min(cells.gates.len()));
             cells.raw_begin = begin;
         }
         self.trim();
@@ -286,38 +406,49 @@ impl Store {
         self.trim();
     }
 
+    /// First raw cell that each of the layers marked still holds; 0 if none is marked.
+    pub fn first_raw(&self, marked: &[bool]) -> u64 {
+        let layers = self.layers.iter().zip(marked).filter(|(_, m)| **m);
+        layers.map(|(l, _)| l.raw_begin).max().unwrap_or(0)
+    }
+
     /// First raw cell that every layer still holds.
     pub fn raw_begin(&self) -> u64 {
         self.layers.iter().map(|l| l.raw_begin).max().unwrap_or(0)
     }
 
-    /// Rebuilds the kept region from the cells `order` lists (old numbers), in that order.
-    pub fn rearrange_kept(&mut self, order: &[usize]) {
-        let same = order
+    /// Allocates what [`Store::rearrange_kept`] needs for `order`.
+    pub fn rearrangement(&self, order: Vec<usize>) -> Result<Rearrangement> {
+        let moved = order.iter().enumerate().position(|(new, &old)| new != old);
+        let keep_pages = moved.unwrap_or(order.len()) / PAGE_CELLS;
+        let n_fresh = order.len().div_ceil(PAGE_CELLS) - keep_pages;
+        let mut fresh = Vec::with_capacity(self.layers.len());
+        for _ in &self.layers {
+            let page = |_| self.device.page(&self.layout);
+            fresh.push((0..n_fresh).map(page).collect::<Result<Vec<_>>>()?);
+        }
+        Ok(Rearrangement {
+            order,
+            keep_pages,
+            fresh,
+        })
+    }
+
+    /// Rebuilds the kept region from the cells that the order lists (old numbers), in that order.
+    pub fn rearrange_kept(&mut self, ops: &dyn Ops, to: Rearrangement) {
+        let moves: Vec<(usize, usize)> = to.order[to.keep_pages * PAGE_CELLS..]
             .iter()
             .enumerate()
-            .position(|(new, &old)| new != old)
-            .unwrap_or(order.len());
-        let keep_pages = same / PAGE_CELLS;
-        for cells in &mut self.layers {
-            let mut pages: Vec<Arc<Page>> = cells.kept[..keep_pages].to_vec();
-            let mut fresh = Vec::new();
-            for (new, &old) in order.iter().enumerate().skip(keep_pages * PAGE_CELLS) {
-                if new % PAGE_CELLS == 0 {
-                    fresh.push(Page::new(self.layout.page_bytes()));
-                }
-                let page = fresh.last_mut().expect("a page begins at every 64th cell");
-                self.layout.copy_cell(
-                    cells.kept[old / PAGE_CELLS].bytes(),
-                    old % PAGE_CELLS,
-                    page.bytes_mut(),
-                    new % PAGE_CELLS,
-                );
-            }
-            pages.extend(fresh.into_iter().map(Arc::new));
-            cells.kept = pages;
+            .map(|(new, &old)| (old, new))
+            .collect();
+        let layout = self.layout;
+        for (cells, mut fresh) in self.layers.iter_mut().zip(to.fresh) {
+            let from: Vec<&Page> = cells.kept.iter().map(|page| &**page).collect();
+            ops.copy_cells(&layout, &from, &mut fresh, &moves);
+            cells.kept.truncate(to.keep_pages);
+            cells.kept.extend(fresh.into_iter().map(Arc::new));
         }
-        self.n_kept = order.len();
+        self.n_kept = to.order.len();
     }
 
     /// Returns pages past the last committed cell.
@@ -327,6 +458,7 @@ impl Store {
             cells.kept.truncate(kept_pages);
             let raw_pages = (self.raw_end - cells.raw_base()).div_ceil(PAGE_CELLS as u64);
             cells.raw.truncate(raw_pages as usize);
+            cells.gates.truncate(raw_pages as usize);
         }
     }
 
@@ -334,10 +466,12 @@ impl Store {
     pub fn save(&self, out: &mut Encoder<'_>) -> io::Result<()> {
         out.u64(self.n_kept as u64)?;
         out.u64(self.raw_end)?;
+        let mut bytes = vec![0; self.layout.page_bytes()];
         for cells in &self.layers {
             out.u64(cells.raw_begin)?;
             for page in cells.kept.iter().chain(&cells.raw) {
-                out.bytes(page.bytes())?;
+                page.read(&mut bytes).map_err(io::Error::other)?;
+                out.bytes(&bytes)?;
             }
         }
         Ok(())
@@ -348,9 +482,15 @@ impl Store {
     pub fn restore(&mut self, from: &mut Decoder<'_>, n_ctx: usize) -> io::Result<()> {
         let n_kept = from.u64()?;
         let raw_end = from.u64()?;
-        let page_bytes = self.layout.page_bytes();
+        let mut bytes = vec![0; self.layout.page_bytes()];
+        let mut read = |from: &mut Decoder<'_>| -> io::Result<Arc<Page>> {
+            from.bytes_into(&mut bytes)?;
+            let mut page = self.device.page(&self.layout).map_err(io::Error::other)?;
+            page.write(&bytes).map_err(io::Error::other)?;
+            Ok(Arc::new(page))
+        };
         let mut layers = Vec::with_capacity(self.layers.len());
-        for _ in 0..self.layers.len() {
+        for old in &self.layers {
             let raw_begin = from.u64()?;
             let held = raw_end
                 .checked_sub(raw_begin)
@@ -362,17 +502,18 @@ impl Store {
             }
             let mut cells = LayerCells {
                 raw_begin,
+                has_gates: old.has_gates,
                 ..LayerCells::default()
             };
             for _ in 0..n_kept.div_ceil(PAGE_CELLS as u64) {
-                let mut page = Page::new(page_bytes);
-                from.bytes_into(page.bytes_mut())?;
-                cells.kept.push(Arc::new(page));
+                cells.kept.push(read(from)?);
             }
             for _ in 0..(raw_end - cells.raw_base()).div_ceil(PAGE_CELLS as u64) {
-                let mut page = Page::new(page_bytes);
-                from.bytes_into(page.bytes_mut())?;
-                cells.raw.push_back(Arc::new(page));
+                cells.raw.push_back(read(from)?);
+                if let (Some(layout), true) = (&self.gates, cells.has_gates) {
+                    let page = self.device.page(layout).map_err(io::Error::other)?;
+                    cells.gates.push_back(Arc::new(page));
+                }
             }
             layers.push(cells);
         }
@@ -381,4 +522,66 @@ impl Store {
         self.raw_end = raw_end;
         Ok(())
     }
+
+    /// Gates `[n, 2, n_head]` of the raw cells from `begin` on of one layer.
+    pub fn save_gates(&self, layer: usize, begin: u64, out: &mut Encoder<'_>) -> io::Result<()> {
+        let layout = self.gates.expect("the memory keeps gates");
+        let n = layout.head_dim_k;
+        let cells = &self.layers[layer];
+        let mut bytes = vec![0; layout.page_bytes()];
+        let mut gates = vec![0.0; (self.raw_end - begin) as usize * 2 * n];
+        let mut held = None;
+        for (cell, gates) in (begin..self.raw_end).zip(gates.chunks_exact_mut(2 * n)) {
+            let index = cells.raw_page(cell);
+            if held != Some(index) {
+                cells.gates[index]
+                    .read(&mut bytes)
+                    .map_err(io::Error::other)?;
+                held = Some(index);
+            }
+            let (beta, g) = gates.split_at_mut(n);
+            layout.read(&bytes, (cell % PAGE_CELLS as u64) as usize, beta, g);
+        }
+        out.f32s(&gates)
+    }
+
+    /// Reads what [`Store::save_gates`] wrote, once the cells are restored.
+    pub fn restore_gates(
+        &mut self,
+        layer: usize,
+        begin: u64,
+        from: &mut Decoder<'_>,
+    ) -> io::Result<()> {
+        let layout = self.gates.expect("the memory keeps gates");
+        let n = layout.head_dim_k;
+        let cells = &mut self.layers[layer];
+        let mut gates = vec![0.0; (self.raw_end - begin) as usize * 2 * n];
+        from.f32s_into(&mut gates)?;
+        let base = cells.raw_base();
+        let mut bytes = vec![0; layout.page_bytes()];
+        for (index, page) in cells.gates.iter_mut().enumerate() {
+            let first = base + (index * PAGE_CELLS) as u64;
+            let last = (first + PAGE_CELLS as u64).min(self.raw_end);
+            for cell in first.max(begin)..last {
+                let at = (cell - begin) as usize * 2 * n;
+                let (beta, g) = gates[at..at + 2 * n].split_at(n);
+                layout.write(&mut bytes, (cell - first) as usize, 1, beta, g);
+            }
+            reserved(page).write(&bytes).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes a page this store's own, copying it if another shares it.
+fn own(page: &mut Arc<Page>) -> Result<()> {
+    if Arc::get_mut(page).is_none() {
+        *page = Arc::new(page.copy()?);
+    }
+    Ok(())
+}
+
+/// A page that [`Store::reserve`] has made this store's own.
+fn reserved(page: &mut Arc<Page>) -> &mut Page {
+    Arc::get_mut(page).expect("pages are reserved before they are written")
 }

@@ -1,14 +1,16 @@
 //! The compressor of `nodes`: a small trunk of gated delta blocks over token embeddings, the
 //! active memory that folds the open segment, and the map from it to slot embeddings.
 //!
+//! All of it runs on the host, whatever device runs the model.
+//!
 //! The trunk reads token embeddings only, so all cuts of a prompt are known before the model
 //! runs. Its recurrences always take the step-by-step form: their cost is a thousandth of the
 //! model's, and the cuts come out the same however a prompt is chunked.
 
-use super::ahn::{sigmoid, softplus};
 use crate::error::{Error, Result};
 use crate::hparams::Hparams;
 use crate::ops::{Cpu, Matrix, Table};
+use crate::ops::{sigmoid, softplus};
 use crate::weights::Loader;
 use mneme_kernels::recur::{Form, Recur, Rule};
 
@@ -153,11 +155,11 @@ impl NodeTensors {
             .collect::<Result<Vec<_>>>()?;
         Ok(Some(NodeTensors {
             in_norm: from.vector("mem.in_norm.weight", hp.n_embd)?,
-            input: from.matrix("mem.in.weight", c, hp.n_embd)?,
+            input: from.host_matrix("mem.in.weight", c, hp.n_embd)?,
             out_norm: from.vector("mem.out_norm.weight", c)?,
             head: Head::load(from, c)?,
             active: Delta::load(from, "mem.active", c, n_head)?,
-            map: from.matrix("mem.node.map.weight", n_slots * hp.n_embd, c)?,
+            map: from.host_matrix("mem.node.map.weight", n_slots * hp.n_embd, c)?,
             slot: from.values("mem.node.slot.weight", n_slots, hp.n_embd)?,
             width: c,
             n_head,
@@ -273,12 +275,12 @@ impl Delta {
     fn load(from: &mut Loader<'_>, prefix: &str, c: usize, n_head: usize) -> Result<Delta> {
         let name = |suffix: &str| format!("{prefix}.{suffix}");
         Ok(Delta {
-            qkv: from.matrix(&name("qkv.weight"), 3 * c, c)?,
-            beta: from.matrix(&name("beta.weight"), n_head, c)?,
-            alpha: from.matrix(&name("alpha.weight"), n_head, c)?,
+            qkv: from.host_matrix(&name("qkv.weight"), 3 * c, c)?,
+            beta: from.host_matrix(&name("beta.weight"), n_head, c)?,
+            alpha: from.host_matrix(&name("alpha.weight"), n_head, c)?,
             a: from.vector(&name("a"), n_head)?,
             dt_bias: from.vector(&name("dt.bias"), n_head)?,
-            gate: from.matrix(&name("gate.weight"), c, c)?,
+            gate: from.host_matrix(&name("gate.weight"), c, c)?,
             head_norm: from.vector(&name("head_norm.weight"), c / n_head)?,
         })
     }
@@ -351,11 +353,11 @@ impl Block {
             norm: from.vector(&name("norm.weight"), c)?,
             delta: Delta::load(from, prefix, c, n_head)?,
             conv: from.values(&name("conv.weight"), 3 * c, CONV)?,
-            out: from.matrix(&name("out.weight"), c, c)?,
+            out: from.host_matrix(&name("out.weight"), c, c)?,
             ffn_norm: from.vector(&name("ffn_norm.weight"), c)?,
-            ffn_gate: from.matrix(&name("ffn_gate.weight"), n_ff, c)?,
-            ffn_up: from.matrix(&name("ffn_up.weight"), n_ff, c)?,
-            ffn_down: from.matrix(&name("ffn_down.weight"), c, n_ff)?,
+            ffn_gate: from.host_matrix(&name("ffn_gate.weight"), n_ff, c)?,
+            ffn_up: from.host_matrix(&name("ffn_up.weight"), n_ff, c)?,
+            ffn_down: from.host_matrix(&name("ffn_down.weight"), c, n_ff)?,
             n_ff,
         })
     }
@@ -415,13 +417,13 @@ impl Head {
     fn load(from: &mut Loader<'_>, c: usize) -> Result<Option<Head>> {
         if from.has("mem.decider.q.weight") {
             return Ok(Some(Head::Cosine {
-                q: from.matrix("mem.decider.q.weight", c, c)?,
-                k: from.matrix("mem.decider.k.weight", c, c)?,
+                q: from.host_matrix("mem.decider.q.weight", c, c)?,
+                k: from.host_matrix("mem.decider.k.weight", c, c)?,
             }));
         }
         if from.has("mem.decider.0.weight") {
             return Ok(Some(Head::Mlp {
-                weight0: from.matrix("mem.decider.0.weight", c, c)?,
+                weight0: from.host_matrix("mem.decider.0.weight", c, c)?,
                 bias0: from.vector("mem.decider.0.bias", c)?,
                 weight1: from.vector("mem.decider.1.weight", c)?,
                 bias1: from.vector("mem.decider.1.bias", 1)?[0],

@@ -4,7 +4,7 @@
 use super::store::{Cell, Store};
 use super::{Context, Entry, Memory, MemorySpec, Plan, Source, Stats};
 use crate::error::Result;
-use crate::ops::Cpu;
+use crate::ops::Ops;
 use crate::session::{Decoder, Encoder};
 use mneme_kernels::attend::Visible;
 use std::io;
@@ -63,7 +63,7 @@ impl Span {
         Plan {
             n_tokens: tokens.len(),
             entries: entries.collect(),
-            embeds: Vec::new(),
+            ..Plan::default()
         }
     }
 
@@ -94,7 +94,7 @@ impl Span {
         };
         self.n_tokens = n;
         if n == 0 {
-            *store = Store::new(*store.layout(), store.n_layer());
+            store.clear();
         } else {
             store.truncate(n.min(self.sinks), n.saturating_sub(self.sinks) as u64);
         }
@@ -147,7 +147,7 @@ impl Memory for Window {
         "window"
     }
 
-    fn plan(&mut self, _ops: &Cpu, tokens: &[u32], _wanted: bool) -> Result<Plan> {
+    fn plan(&mut self, _ops: &dyn Ops, tokens: &[u32], _wanted: bool) -> Result<Plan> {
         Ok(self.span.plan(tokens))
     }
 
@@ -159,7 +159,7 @@ impl Memory for Window {
         &mut self.store
     }
 
-    fn commit(&mut self, _: &Cpu, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
+    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
         self.span.advance(&mut self.store, plan);
         self.store.release_raw(self.span.first_seen(), |_| true);
         plan.n_tokens

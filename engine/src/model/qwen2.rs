@@ -14,7 +14,7 @@ pub fn forward(pass: &mut Pass<'_>) {
         ops.rms_norm(&s.x, &layer.attn_norm, hp.rms_eps, &mut s.h);
         ops.mul_mat(
             &s.h,
-            n,
+            0..n,
             &mut [
                 (&layer.attn_q, &mut s.q),
                 (&layer.attn_k, &mut s.k),
@@ -36,7 +36,7 @@ pub fn forward(pass: &mut Pass<'_>) {
             &mut s.q,
             hp.n_head,
             hp.head_dim,
-            &pass.pos,
+            &pass.rows,
             inv_freq,
             mscale,
         );
@@ -45,7 +45,7 @@ pub fn forward(pass: &mut Pass<'_>) {
             &mut s.k,
             hp.n_head_kv,
             hp.head_dim,
-            &pass.pos,
+            &pass.rows,
             inv_freq,
             mscale,
         );
@@ -54,7 +54,7 @@ pub fn forward(pass: &mut Pass<'_>) {
         pass.keep_wanted_rows(il);
         let n = pass.n();
         let s = &mut *pass.s;
-        ops.mul_mat(&s.att, n, &mut [(&layer.attn_output, &mut s.h)]);
+        ops.mul_mat(&s.att, 0..n, &mut [(&layer.attn_output, &mut s.h)]);
         ops.add(&mut s.x, &s.h);
 
         pass.feed_forward(layer);

@@ -1,15 +1,22 @@
 //! The verbs on the host: our kernels for the hot weight types, ggml's dot products for the rest.
+//!
+//! [`Cpu`]'s own methods take slices: the small parts of memories that always run on the host call
+//! those. As [`Ops`] the same verbs take buffers.
 
+use super::{Buffer, Device, Ops, Page, Recurrence, RopeKind, Rows, Rule};
 use crate::error::{Error, Result};
 use crate::gguf::{GgmlType, Gguf, TensorInfo};
+use crate::memory::store::{Region, Store};
+use crate::model::{Forward, Pass};
 use ggml_sys::RowDot;
-use mneme_kernels::attend::{self, PageLayout};
+use mneme_kernels::attend::{self, PAGE_CELLS, PageLayout};
+use mneme_kernels::dispatch;
 use mneme_kernels::mul_mat::{Packed, WeightType};
 use mneme_kernels::pool::Pool;
 use mneme_kernels::quant::restate;
 use mneme_kernels::recur::{self, Form, Recur};
-use mneme_kernels::rope::RopeKind;
 use mneme_kernels::{add, quant, rms_norm, rope, swiglu};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The host's threads and the verbs that run on them.
@@ -23,6 +30,9 @@ pub enum Matrix {
     Packed(Packed),
     /// As it lies in the file, multiplied through ggml's `vec_dot`.
     Mapped(Table, RowDot),
+    /// On a card.
+    #[cfg(feature = "on-card")]
+    Cuda(mneme_kernels::cuda::mul_mat::Packed),
 }
 
 /// Rows of a tensor as they lie in the file, to be read one at a time.
@@ -45,8 +55,35 @@ impl Table {
         }
     }
 
+    /// Name of the tensor.
+    #[cfg(feature = "on-card")]
+    pub(super) fn name(&self) -> &str {
+        &self.info.name
+    }
+
+    /// Type of its values.
+    #[cfg(feature = "on-card")]
+    pub(super) fn ty(&self) -> GgmlType {
+        self.info.ty
+    }
+
+    #[cfg(feature = "on-card")]
+    pub(super) fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    #[cfg(feature = "on-card")]
+    pub(super) fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+
+    /// Lets the system have the file's pages back: a copy replaces them.
+    pub(super) fn release(&self) {
+        self.gguf.release(&self.info);
+    }
+
     /// All rows, `n_rows` times [`Table::row_bytes`].
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         self.gguf.data(&self.info)
     }
 
@@ -70,7 +107,7 @@ impl Table {
 }
 
 /// The kernels' name for a ggml type, if they have code for it.
-fn weight_type(ty: GgmlType) -> Option<WeightType> {
+pub(super) fn weight_type(ty: GgmlType) -> Option<WeightType> {
     Some(match ty {
         GgmlType::F32 => WeightType::F32,
         GgmlType::F16 => WeightType::F16,
@@ -89,6 +126,18 @@ impl Matrix {
         match self {
             Matrix::Packed(p) => p.n_rows(),
             Matrix::Mapped(t, _) => t.n_rows,
+            #[cfg(feature = "on-card")]
+            Matrix::Cuda(p) => p.n_rows(),
+        }
+    }
+
+    /// Input width.
+    pub fn n_cols(&self) -> usize {
+        match self {
+            Matrix::Packed(p) => p.n_cols(),
+            Matrix::Mapped(t, _) => t.n_cols,
+            #[cfg(feature = "on-card")]
+            Matrix::Cuda(p) => p.n_cols(),
         }
     }
 
@@ -97,6 +146,8 @@ impl Matrix {
         match self {
             Matrix::Packed(p) => p.n_bytes(),
             Matrix::Mapped(t, _) => t.bytes().len(),
+            #[cfg(feature = "on-card")]
+            Matrix::Cuda(p) => p.n_bytes(),
         }
     }
 
@@ -105,6 +156,8 @@ impl Matrix {
         match self {
             Matrix::Packed(p) => p.n_bytes(),
             Matrix::Mapped(..) => 0,
+            #[cfg(feature = "on-card")]
+            Matrix::Cuda(_) => 0,
         }
     }
 }
@@ -148,7 +201,7 @@ impl Cpu {
                 let packed = Packed::pack(&self.pool, ty, table.n_rows, table.n_cols, bytes)
                     .map_err(|_| refuse("for rows of this length"))?;
                 // The interleaved copy replaces the file's: let the system have those pages.
-                table.gguf.release(&table.info);
+                table.release();
                 Ok(Matrix::Packed(packed))
             }
             None => match ggml_sys::Type::from_id(table.info.ty.id()).and_then(RowDot::new) {
@@ -175,11 +228,26 @@ impl Cpu {
     /// `out_m[t, r] = sum_c w_m[r, c] x[t, c]` for several matrices over the same `x`
     /// `[n_tokens, n_cols]`.
     pub fn mul_mat(&self, x: &[f32], n_tokens: usize, mats: &mut [(&Matrix, &mut [f32])]) {
+        self.mul_mats(
+            x,
+            n_tokens,
+            mats.iter_mut().map(|(m, out)| (*m, &mut **out)),
+        );
+    }
+
+    fn mul_mats<'a>(
+        &self,
+        x: &[f32],
+        n_tokens: usize,
+        mats: impl ExactSizeIterator<Item = (&'a Matrix, &'a mut [f32])>,
+    ) {
         let mut packed: Vec<(&Packed, &mut [f32])> = Vec::with_capacity(mats.len());
-        for (matrix, out) in mats.iter_mut() {
+        for (matrix, out) in mats {
             match matrix {
                 Matrix::Packed(p) => packed.push((p, out)),
                 Matrix::Mapped(table, dot) => self.mul_mat_ggml(x, n_tokens, table, dot, out),
+                #[cfg(feature = "on-card")]
+                Matrix::Cuda(_) => panic!("a matrix of a card on the host"),
             }
         }
         if !packed.is_empty() {
@@ -243,23 +311,6 @@ impl Cpu {
         rms_norm::rms_norm(&self.pool, &y, w, eps, x);
     }
 
-    /// Rotates the first `2 * inv_freq.len()` values of each head of `x` `[n, n_head, head_dim]`.
-    pub fn rope(
-        &self,
-        kind: RopeKind,
-        x: &mut [f32],
-        n_head: usize,
-        head_dim: usize,
-        pos: &[u32],
-        inv_freq: &[f32],
-        mscale: f32,
-    ) {
-        let n_rot = 2 * inv_freq.len();
-        rope::rope(
-            &self.pool, kind, x, n_head, head_dim, n_rot, pos, inv_freq, mscale,
-        );
-    }
-
     /// `silu(gate) * up`.
     pub fn swiglu(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
         swiglu::swiglu(&self.pool, gate, up, out);
@@ -281,19 +332,291 @@ impl Cpu {
         add::add_bias(&self.pool, x, b);
     }
 
-    /// Soft-max attention over two regions; see [`attend::attend`].
-    pub fn attend(
-        &self,
-        layout: &PageLayout,
-        n_head: usize,
-        scale: f32,
-        seqs: &mut [attend::Sequence<'_>],
-    ) {
-        attend::attend(&self.pool, layout, n_head, scale, seqs);
-    }
-
     /// The gated delta rule and its relatives; see [`recur::recur`].
     pub fn recur(&self, form: Form, seqs: &mut [Recur<'_>]) {
         recur::recur(&self.pool, form, seqs);
+    }
+}
+
+/// `1 / (1 + e^-x)`.
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// `ln(1 + e^x)`; the identity above 20, where the difference is below F32 rounding.
+pub(crate) fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
+}
+
+impl Ops for Cpu {
+    fn name(&self) -> String {
+        format!(
+            "cpu, {} threads, {}",
+            self.n_threads(),
+            dispatch::best().name()
+        )
+    }
+
+    fn device(&self) -> &Device {
+        &Device::Host
+    }
+
+    fn host(&self) -> &Cpu {
+        self
+    }
+
+    fn matrix(&self, table: Table) -> Result<Matrix> {
+        Cpu::matrix(self, table)
+    }
+
+    fn begin(&self, _: &mut Rows, _: &[&Store]) -> Result<()> {
+        Ok(()) // the rows are at hand
+    }
+
+    fn run(&self, pass: &mut Pass<'_>, forward: Forward) -> Result<()> {
+        forward(pass);
+        Ok(())
+    }
+
+    fn mul_mat(&self, x: &Buffer, rows: Range<usize>, mats: &mut [(&Matrix, &mut Buffer)]) {
+        let n_cols = mats.first().map_or(0, |(m, _)| m.n_cols());
+        let n = rows.len();
+        let x = &x.host()[rows.start * n_cols..rows.end * n_cols];
+        self.mul_mats(x, n, mats.iter_mut().map(|(m, out)| (*m, out.host_mut())));
+    }
+
+    fn rms_norm(&self, x: &Buffer, w: &Buffer, eps: f32, out: &mut Buffer) {
+        Cpu::rms_norm(self, x.host(), w.host(), eps, out.host_mut());
+    }
+
+    fn rms_norm_in_place(&self, x: &mut Buffer, w: &Buffer, eps: f32) {
+        Cpu::rms_norm_in_place(self, x.host_mut(), w.host(), eps);
+    }
+
+    fn rope(
+        &self,
+        kind: RopeKind,
+        x: &mut Buffer,
+        n_head: usize,
+        head_dim: usize,
+        rows: &Rows,
+        inv_freq: &Buffer,
+        mscale: f32,
+    ) {
+        let (x, pos, inv_freq) = (x.host_mut(), &rows.pos, inv_freq.host());
+        let n_rot = 2 * inv_freq.len();
+        rope::rope(
+            &self.pool, kind, x, n_head, head_dim, n_rot, pos, inv_freq, mscale,
+        );
+    }
+
+    fn swiglu(&self, gate: &Buffer, up: &Buffer, out: &mut Buffer) {
+        Cpu::swiglu(self, gate.host(), up.host(), out.host_mut());
+    }
+
+    fn add(&self, x: &mut Buffer, y: &Buffer) {
+        Cpu::add(self, x.host_mut(), y.host());
+    }
+
+    fn add_bias(&self, x: &mut Buffer, b: &Buffer) {
+        Cpu::add_bias(self, x.host_mut(), b.host());
+    }
+
+    fn keep_rows(&self, x: &mut Buffer, width: usize, rows: &Rows) {
+        for (to, &from) in rows.out.iter().enumerate() {
+            let from = from * width..(from + 1) * width;
+            x.host_mut().copy_within(from, to * width);
+        }
+        x.set_len(rows.out.len() * width);
+    }
+
+    fn write_cells(
+        &self,
+        layer: usize,
+        rows: &Rows,
+        k: &Buffer,
+        v: &Buffer,
+        stores: &mut [&mut Store],
+    ) {
+        for (part, store) in rows.parts.iter().zip(stores) {
+            let width = store.layout().n_head_kv * store.layout().head_dim_k;
+            let kv = part.rows.start * width..part.rows.end * width;
+            let (k, v) = (&k.host()[kv.clone()], &v.host()[kv]);
+            store.write(layer, &part.cells, Region::Cells, k, v);
+        }
+    }
+
+    fn attend(
+        &self,
+        layer: usize,
+        rows: &Rows,
+        n_head: usize,
+        q: &Buffer,
+        stores: &[&Store],
+        out: &mut Buffer,
+    ) {
+        let layout = *stores[0].layout();
+        let width = n_head * layout.head_dim_k;
+        let views: Vec<_> = stores.iter().map(|store| store.view(layer)).collect();
+        let mut out = out.host_mut();
+        let mut sequences = Vec::with_capacity(views.len());
+        for (part, view) in rows.parts.iter().zip(&views) {
+            let (mine, rest) = out.split_at_mut(part.rows.len() * width);
+            out = rest;
+            sequences.push(attend::Sequence {
+                q: &q.host()[part.rows.start * width..part.rows.end * width],
+                visible: part.visible(layer),
+                kept: &view.kept,
+                n_always: part.n_always,
+                top_k: part.top_k,
+                raw: &view.raw,
+                raw_base: view.raw_base,
+                out: mine,
+            });
+        }
+        let scale = 1.0 / (layout.head_dim_k as f32).sqrt();
+        attend::attend(&self.pool, &layout, n_head, scale, &mut sequences);
+    }
+
+    fn gates(&self, rule: Rule, beta: &mut Buffer, g: &mut Buffer, a: &Buffer, dt_bias: &Buffer) {
+        let n_head = a.len().max(1);
+        let (a, dt_bias) = (a.host(), dt_bias.host());
+        let gates = beta.host_mut().iter_mut().zip(g.host_mut());
+        for (i, (beta, g)) in gates.enumerate() {
+            let j = i % n_head;
+            (*beta, *g) = match rule {
+                Rule::GatedDelta => (sigmoid(*beta), a[j] * softplus(*g + dt_bias[j])),
+                Rule::Delta => (sigmoid(*beta), 0.0),
+                Rule::Ssd => {
+                    let delta = softplus(*beta + dt_bias[j]);
+                    (delta, a[j] * delta)
+                }
+            };
+        }
+    }
+
+    fn write_gates(
+        &self,
+        layer: usize,
+        rows: &Rows,
+        part: usize,
+        beta: &Buffer,
+        g: &Buffer,
+        store: &mut Store,
+    ) {
+        let cells = &rows.parts[part].cells;
+        store.write(layer, cells, Region::Gates, beta.host(), g.host());
+    }
+
+    fn read_cells(
+        &self,
+        layer: usize,
+        rows: &Rows,
+        part: usize,
+        store: &Store,
+        k: &mut Buffer,
+        v: &mut Buffer,
+        beta: &mut Buffer,
+        g: &mut Buffer,
+    ) {
+        let (k, v) = (k.host_mut(), v.host_mut());
+        let (beta, g) = (beta.host_mut(), g.host_mut());
+        let kv = store.layout().n_head_kv * store.layout().head_dim_k;
+        let n_head = beta.len() / rows.parts[part].n_recalls();
+        for (i, cell) in rows.parts[part].recalls.clone().enumerate() {
+            let (kv, gates) = (i * kv..(i + 1) * kv, i * n_head..(i + 1) * n_head);
+            let (k, v) = (&mut k[kv.clone()], &mut v[kv]);
+            store.read_raw(layer, cell, Region::Cells, k, v);
+            let (beta, g) = (&mut beta[gates.clone()], &mut g[gates]);
+            store.read_raw(layer, cell, Region::Gates, beta, g);
+        }
+    }
+
+    fn recur(&self, step: Recurrence<'_>) {
+        let state = step.next.host_mut();
+        state.copy_from_slice(step.state.host());
+        let width = step.n_head * step.head_dim;
+        let g = match step.rule {
+            Rule::Delta => &[],
+            _ => step.g.host(),
+        };
+        Cpu::recur(
+            self,
+            Form::Auto,
+            &mut [Recur {
+                rule: step.rule,
+                n_tokens: step.rows.len(),
+                n_head: step.n_head,
+                n_head_k: step.n_head_kv,
+                head_dim_k: step.head_dim,
+                head_dim_v: step.head_dim,
+                q: &step.q.host()[step.rows.start * width..step.rows.end * width],
+                k: step.k.host(),
+                v: step.v.host(),
+                g,
+                beta: step.beta.host(),
+                resets: &[],
+                state,
+                out: step.out.host_mut(),
+            }],
+        );
+    }
+
+    fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize) {
+        let heads = x.host_mut().chunks_exact_mut(head_dim);
+        for (head, &gate) in heads.zip(gate.host()) {
+            let by = gate * sigmoid(gate);
+            head.iter_mut().for_each(|x| *x *= by);
+        }
+    }
+
+    fn add_heads(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        n_head: usize,
+        head_dim: usize,
+        out: &mut Buffer,
+        first: usize,
+    ) {
+        let (x, w, d) = (x.host(), w.host(), head_dim);
+        let n = x.len() / (n_head * d);
+        let out = &mut out.host_mut()[first * n_head * d..];
+        assert!(out.len() >= x.len(), "rows to add to");
+        let base = out.as_mut_ptr() as usize;
+        self.pool.for_each(n_head, 1, |range| {
+            for head in range {
+                let w = &w[head * d * d..(head + 1) * d * d];
+                for t in 0..n {
+                    let at = (t * n_head + head) * d;
+                    // SAFETY: rows (t, head) of different heads do not overlap, and each head
+                    // belongs to one thread.
+                    let to =
+                        unsafe { std::slice::from_raw_parts_mut((base as *mut f32).add(at), d) };
+                    for (&x, w) in x[at..at + d].iter().zip(w.chunks_exact(d)) {
+                        for (to, &w) in to.iter_mut().zip(w) {
+                            *to += x * w;
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    fn copy_cells(
+        &self,
+        layout: &PageLayout,
+        from: &[&Page],
+        to: &mut [Page],
+        cells: &[(usize, usize)],
+    ) {
+        for &(old, new) in cells {
+            layout.copy_cell(
+                from[old / PAGE_CELLS].host(),
+                old % PAGE_CELLS,
+                to[new / PAGE_CELLS].host_mut(),
+                new % PAGE_CELLS,
+            );
+        }
     }
 }

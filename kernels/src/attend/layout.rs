@@ -105,7 +105,7 @@ impl PageLayout {
     }
 
     /// Byte of dimension `i` of `cell`'s key, counted from the head's keys.
-    fn k_at(&self, cell: usize, i: usize) -> usize {
+    pub(crate) fn k_at(&self, cell: usize, i: usize) -> usize {
         let (half, lane) = (cell / HALF_CELLS, cell % HALF_CELLS);
         match self.ty_k {
             KvType::Q8_0 => {
@@ -117,14 +117,14 @@ impl PageLayout {
     }
 
     /// Byte of the scale of `cell`'s key dimensions `i..`, `i` a multiple of 32; Q8_0 only.
-    fn k_scale_at(&self, cell: usize, i: usize) -> usize {
+    pub(crate) fn k_scale_at(&self, cell: usize, i: usize) -> usize {
         let (half, lane) = (cell / HALF_CELLS, cell % HALF_CELLS);
         let block = half * self.head_dim_k.div_ceil(BLOCK) + i / BLOCK;
         block * K_BLOCK_BYTES + HALF_CELLS * BLOCK + lane * 2
     }
 
     /// Byte of dimension `i` of `cell`'s value, counted from the head's values.
-    fn v_at(&self, cell: usize, i: usize) -> usize {
+    pub(crate) fn v_at(&self, cell: usize, i: usize) -> usize {
         let (chunk, lane) = (i / BLOCK, i % BLOCK);
         match self.ty_v {
             KvType::Q8_0 => chunk * V_BLOCK_BYTES + cell / 4 * (4 * BLOCK) + lane * 4 + cell % 4,
@@ -136,7 +136,7 @@ impl PageLayout {
     }
 
     /// Byte of the scale of `cell`'s value dimensions `i..`, `i` a multiple of 32; Q8_0 only.
-    fn v_scale_at(&self, cell: usize, i: usize) -> usize {
+    pub(crate) fn v_scale_at(&self, cell: usize, i: usize) -> usize {
         i / BLOCK * V_BLOCK_BYTES + PAGE_CELLS * BLOCK + cell * 2
     }
 

@@ -7,11 +7,11 @@
 mod saved;
 
 use super::decider::{Controller, Decider, sentence_ends_at, splitmix64};
-use super::store::{Cell, Store};
+use super::store::{Cell, Rearrangement, Store};
 use super::trunk::{NodeTensors, TrunkState};
 use super::{Context, Entry, Memory, MemorySpec, NodeInfo, Plan, Source, Stats};
 use crate::error::Result;
-use crate::ops::Cpu;
+use crate::ops::{Cpu, Ops};
 use crate::session::{Decoder, Encoder};
 use mneme_kernels::attend::Visible;
 use std::io;
@@ -100,11 +100,18 @@ struct State {
 struct Next {
     state: State,
     new_nodes: Vec<Node>,
-    /// Nodes folded into the one new node: index of the first, how many.
-    folded: Option<(usize, usize)>,
+    /// Nodes folded into the one new node.
+    folded: Option<Folded>,
     /// New cells of either kind.
     n_kept: usize,
     n_raw: usize,
+}
+
+/// Nodes that become one: index of the first, how many, and the kept cells without theirs.
+struct Folded {
+    first: usize,
+    n: usize,
+    kept: Rearrangement,
 }
 
 struct Nodes {
@@ -269,7 +276,7 @@ impl Nodes {
     }
 
     /// A pass that folds the oldest neighbours of the fullest level into one node.
-    fn plan_fold(&mut self, ops: &Cpu) -> Plan {
+    fn plan_fold(&mut self, ops: &Cpu) -> Result<Plan> {
         let levels = self.nodes.iter().map(|n| n.level).max().unwrap_or(0);
         let count = |level| self.nodes.iter().filter(|n| n.level == level).count();
         let fullest = (0..=levels).rev().max_by_key(|&l| count(l)).unwrap_or(0);
@@ -301,10 +308,18 @@ impl Nodes {
             },
         });
         let plan = Plan {
-            n_tokens: 0,
             entries: entries.collect(),
             embeds: tensors.slots(ops, &r, 1),
+            ..Plan::default()
         };
+        // The new slots lie behind all others and take their children's place.
+        let n_cells = |nodes: &[Node]| nodes.iter().map(|n| n.n_cells).sum::<usize>();
+        let hole = self.n_sinks() + n_cells(&self.nodes[..first]);
+        let order: Vec<usize> = (0..hole)
+            .chain(n_kept..n_kept + tensors.n_slots)
+            .chain(hole + n_cells(children)..n_kept)
+            .collect();
+        let kept = self.store.rearrangement(order)?;
         let mut state = self.state.clone();
         state.n_entries += tensors.n_slots;
         let folded = Node {
@@ -322,11 +337,11 @@ impl Nodes {
         self.next = Some(Next {
             state,
             new_nodes: vec![folded],
-            folded: Some((first, n)),
+            folded: Some(Folded { first, n, kept }),
             n_kept: tensors.n_slots,
             n_raw: 0,
         });
-        plan
+        Ok(plan)
     }
 
     /// The pass over `tokens`; stops before a token whose arrival closes a segment that overfills
@@ -572,10 +587,10 @@ impl Memory for Nodes {
         "nodes"
     }
 
-    fn plan(&mut self, ops: &Cpu, tokens: &[u32], wanted: bool) -> Result<Plan> {
+    fn plan(&mut self, ops: &dyn Ops, tokens: &[u32], wanted: bool) -> Result<Plan> {
         self.next = None;
         if self.is_full() {
-            return Ok(self.plan_fold(ops));
+            return self.plan_fold(ops.host());
         }
         let reads_logits = self.reads_logits();
         let tokens = match reads_logits {
@@ -584,7 +599,7 @@ impl Memory for Nodes {
             false => tokens,
         };
         let skip = self.cfg.sees_nodes && self.cfg.window == 0 && !wanted && !reads_logits;
-        let (plan, next) = self.plan_tokens(ops, tokens, skip);
+        let (plan, next) = self.plan_tokens(ops.host(), tokens, skip);
         self.ctx.check_room(&self.store, plan.entries.len())?;
         self.next = Some(next);
         Ok(plan)
@@ -611,7 +626,13 @@ impl Memory for Nodes {
         matches!(self.cfg.decider, Decider::Entropy { .. })
     }
 
-    fn commit(&mut self, ops: &Cpu, plan: &Plan, tokens: &[u32], logits: Option<&[f32]>) -> usize {
+    fn commit(
+        &mut self,
+        ops: &dyn Ops,
+        plan: &Plan,
+        tokens: &[u32],
+        logits: Option<&[f32]>,
+    ) -> usize {
         let mut next = self.next.take().expect("commit follows plan");
         let mut n_tokens = plan.n_tokens;
         if let (Decider::Entropy { sigma }, Some(logits), true) =
@@ -622,7 +643,7 @@ impl Memory for Nodes {
             if taken < n_tokens {
                 // Cells past `taken` were written but do not count: plan the prefix again for its
                 // states; its rows are the same rows.
-                next = self.plan_tokens(ops, &tokens[..taken], false).1;
+                next = self.plan_tokens(ops.host(), &tokens[..taken], false).1;
                 n_tokens = taken;
             }
             next.state.surprisal = state.surprisal;
@@ -631,20 +652,11 @@ impl Memory for Nodes {
                 last.p = p;
             }
         }
-        let n_sinks = self.n_sinks();
         self.store.commit(next.n_kept, next.n_raw);
         match next.folded {
             None => self.nodes.extend(next.new_nodes),
-            Some((first, n)) => {
-                let before: usize = self.nodes[..first].iter().map(|n| n.n_cells).sum();
-                let gone: usize = self.nodes[first..first + n].iter().map(|n| n.n_cells).sum();
-                let end = self.store.n_kept() - next.n_kept;
-                let hole = n_sinks + before;
-                let order: Vec<usize> = (0..hole)
-                    .chain(end..self.store.n_kept())
-                    .chain(hole + gone..end)
-                    .collect();
-                self.store.rearrange_kept(&order);
+            Some(Folded { first, n, kept }) => {
+                self.store.rearrange_kept(ops, kept);
                 self.nodes.splice(first..first + n, next.new_nodes);
             }
         }
@@ -687,7 +699,7 @@ impl Memory for Nodes {
             logits: Vec::new(),
         };
         self.nodes.clear();
-        self.store = self.ctx.store();
+        self.store.clear();
         0
     }
 

@@ -1,0 +1,480 @@
+//! The verbs on an NVIDIA card, by the kernels of `mneme_kernels::cuda`.
+//!
+//! Weights, activations, cells and recurrent states live on the card; plans, page tables and the
+//! compressor of `nodes` stay with the host. Before the layers of a pass run, what its rows have of
+//! their own is sent in one go, so passes of one shape differ in nothing that a launch carries:
+//! short ones are recorded the second time they come and replayed from then on.
+
+mod card;
+mod graphs;
+mod rows;
+
+pub use card::{Card, CardBuffer, CardPage};
+pub use rows::CardRows;
+
+use super::cpu::weight_type;
+use super::{Buffer, Cpu, Device, Matrix, Ops, Page, Recurrence, RopeKind, Rows, Rule, Table};
+use crate::error::{Error, Result};
+use crate::gguf::GgmlType;
+use crate::memory::store::Store;
+use crate::model::{Forward, Pass};
+use card::lock;
+use graphs::{Graphs, Key, Known};
+use mneme_kernels::attend::{PAGE_CELLS, PageLayout};
+use mneme_kernels::cuda::mul_mat::Packed;
+use mneme_kernels::cuda::{self, ViewMut, attend, gates, recur};
+use mneme_kernels::mul_mat::WeightType;
+use mneme_kernels::quant::restate;
+use mneme_kernels::recur::Form;
+use rows::Arena;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+/// Most rows of a pass worth recording: above, launching costs little beside computing.
+const RECORDED_ROWS: usize = 16;
+/// Most heads of a recurrent memory.
+const MOST_HEADS: usize = 4096;
+
+/// A card, and the host's threads for what stays there.
+pub struct Cuda {
+    card: Arc<Card>,
+    device: Device,
+    host: Cpu,
+    n: usize,
+    arena: Mutex<Arena>,
+    graphs: Mutex<Graphs>,
+    /// Where rows that go on are gathered.
+    gathered: Mutex<CardBuffer>,
+    ones: CardBuffer,
+    /// What went wrong first since it was last asked for.
+    failed: Mutex<Option<cuda::Error>>,
+}
+
+type Done = std::result::Result<(), cuda::Error>;
+
+impl Cuda {
+    /// The verbs on card `n`, with `host` for what stays on the host.
+    pub fn open(n: usize, host: Cpu) -> Result<Cuda> {
+        let card = Card::open(n)?;
+        let mut ones = card.buffer(MOST_HEADS)?;
+        ones.write(&[1.0; MOST_HEADS])?;
+        Ok(Cuda {
+            device: Device::Cuda(Arc::clone(&card)),
+            host,
+            n,
+            arena: Mutex::default(),
+            graphs: Mutex::default(),
+            gathered: Mutex::new(card.buffer(1)?),
+            ones,
+            failed: Mutex::default(),
+            card,
+        })
+    }
+
+    /// Keeps the first error until [`Cuda::check`].
+    fn keep(&self, done: Done) {
+        if let Err(e) = done {
+            lock(&self.failed).get_or_insert(e);
+        }
+    }
+
+    fn failure(&self) -> Done {
+        lock(&self.failed).take().map_or(Ok(()), Err)
+    }
+
+    /// The error of whatever failed since the last time.
+    fn check(&self) -> Result<()> {
+        self.failure()
+            .map_err(|e| self.card.error("running a pass", e))
+    }
+
+    /// What a recording of `pass` would hold beside the rows; `None` when it is not worth one.
+    fn key(&self, pass: &Pass<'_>) -> Option<Key> {
+        let (rows, at) = (&pass.rows, pass.rows.card()?);
+        if rows.n() > RECORDED_ROWS {
+            return None;
+        }
+        let mut key = vec![
+            rows.n() as u64,
+            rows.out.len() as u64,
+            at.max_cells as u64,
+            at.max_ranked as u64,
+        ];
+        for part in &rows.parts {
+            key.extend([
+                part.rows.len() as u64,
+                part.recalls.end - part.recalls.start,
+            ]);
+        }
+        key.extend(pass.buffers().iter().map(|buffer| buffer.card().id));
+        Some(key)
+    }
+}
+
+/// Row-major GGUF bytes of `table` in a type the kernels have, restated where they have not.
+fn bytes_of(table: &Table) -> (WeightType, std::borrow::Cow<'_, [u8]>) {
+    let bytes = table.bytes();
+    match (table.ty(), weight_type(table.ty())) {
+        (_, Some(ty)) => (ty, bytes.into()),
+        (GgmlType::Q5_0, None) => (WeightType::Q8_0, restate::q5_0_to_q8_0(bytes).into()),
+        (GgmlType::IQ4_NL, None) => (WeightType::Q8_0, restate::iq4_nl_to_q8_0(bytes).into()),
+        _ => {
+            let mut row = vec![0.0; table.n_cols()];
+            let mut halves = Vec::with_capacity(table.n_rows() * table.n_cols() * 2);
+            for r in 0..table.n_rows() {
+                table.read_row(r, &mut row);
+                let half = |x: &f32| half::f16::from_f32(*x).to_le_bytes();
+                halves.extend(row.iter().flat_map(half));
+            }
+            (WeightType::F16, halves.into())
+        }
+    }
+}
+
+impl Ops for Cuda {
+    fn name(&self) -> String {
+        format!("cuda:{} {}", self.n, self.card.dev.name())
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn host(&self) -> &Cpu {
+        &self.host
+    }
+
+    fn matrix(&self, table: Table) -> Result<Matrix> {
+        // Refuses types that cannot be read at all.
+        let table = self.host.table(table)?;
+        let (ty, bytes) = bytes_of(&table);
+        let packed = Packed::pack(&self.card.dev, ty, table.n_rows(), table.n_cols(), &bytes);
+        let packed =
+            packed.map_err(|e| self.card.error(format!("tensor `{}`", table.name()), e))?;
+        drop(bytes);
+        table.release();
+        Ok(Matrix::Cuda(packed))
+    }
+
+    fn begin(&self, rows: &mut Rows, stores: &[&Store]) -> Result<()> {
+        let at = lock(&self.arena).send(&self.card, rows, stores)?;
+        rows.set_card(at);
+        Ok(())
+    }
+
+    fn run(&self, pass: &mut Pass<'_>, forward: Forward) -> Result<()> {
+        let Some(key) = self.key(pass) else {
+            forward(pass);
+            return self.check();
+        };
+        let mut graphs = lock(&self.graphs);
+        let launched = match graphs.find(&key, self.card.epoch()) {
+            None => {
+                forward(pass);
+                graphs.insert(key, Known::Seen);
+                self.failure()
+            }
+            Some(Known::Recorded(graph)) => graph.launch(),
+            Some(Known::Seen) => {
+                let graph = self.card.dev.capture(|| {
+                    forward(pass);
+                    self.failure()
+                });
+                graph.and_then(|graph| {
+                    let launched = graph.launch();
+                    graphs.insert(key, Known::Recorded(graph));
+                    launched
+                })
+            }
+        };
+        launched.map_err(|e| self.card.error("running a pass", e))
+    }
+
+    fn mul_mat(&self, x: &Buffer, rows: Range<usize>, mats: &mut [(&Matrix, &mut Buffer)]) {
+        let n_cols = mats.first().map_or(0, |(m, _)| m.n_cols());
+        let x = x
+            .card()
+            .view()
+            .slice(rows.start * n_cols..rows.end * n_cols);
+        let mut mats: Vec<(&Packed, ViewMut<'_, f32>)> = mats
+            .iter_mut()
+            .map(|(matrix, out)| match matrix {
+                Matrix::Cuda(packed) => (packed, out.card_mut().view_mut()),
+                _ => panic!("a matrix of the host on a card"),
+            })
+            .collect();
+        self.keep(cuda::mul_mat::mul_mat(
+            &self.card.dev,
+            x,
+            rows.len(),
+            &mut mats,
+        ));
+    }
+
+    fn rms_norm(&self, x: &Buffer, w: &Buffer, eps: f32, out: &mut Buffer) {
+        let (x, w, out) = (x.card().view(), w.card().view(), out.card_mut().view_mut());
+        self.keep(cuda::rms_norm::rms_norm(&self.card.dev, x, w, eps, out));
+    }
+
+    fn rms_norm_in_place(&self, x: &mut Buffer, w: &Buffer, eps: f32) {
+        let (x, w) = (x.card_mut().view_mut(), w.card().view());
+        self.keep(cuda::rms_norm::rms_norm_in_place(&self.card.dev, x, w, eps));
+    }
+
+    fn rope(
+        &self,
+        kind: RopeKind,
+        x: &mut Buffer,
+        n_head: usize,
+        head_dim: usize,
+        rows: &Rows,
+        inv_freq: &Buffer,
+        mscale: f32,
+    ) {
+        let arena = lock(&self.arena);
+        self.keep(cuda::rope::rope(
+            &self.card.dev,
+            kind,
+            x.card_mut().view_mut(),
+            n_head,
+            head_dim,
+            2 * inv_freq.len(),
+            arena.pos(rows.on_card()),
+            inv_freq.card().view(),
+            mscale,
+        ));
+    }
+
+    fn swiglu(&self, gate: &Buffer, up: &Buffer, out: &mut Buffer) {
+        let (gate, up) = (gate.card().view(), up.card().view());
+        let out = out.card_mut().view_mut();
+        self.keep(cuda::swiglu::swiglu(&self.card.dev, gate, up, out));
+    }
+
+    fn add(&self, x: &mut Buffer, y: &Buffer) {
+        let (x, y) = (x.card_mut().view_mut(), y.card().view());
+        self.keep(cuda::add::add(&self.card.dev, x, y));
+    }
+
+    fn add_bias(&self, x: &mut Buffer, b: &Buffer) {
+        let (x, b) = (x.card_mut().view_mut(), b.card().view());
+        self.keep(cuda::add::add_bias(&self.card.dev, x, b));
+    }
+
+    fn keep_rows(&self, x: &mut Buffer, width: usize, rows: &Rows) {
+        let dev = &self.card.dev;
+        let n = rows.out.len() * width;
+        let x = x.card_mut();
+        if n > 0 {
+            let mut gathered = lock(&self.gathered);
+            if gathered.capacity() < n {
+                match self.card.buffer(n) {
+                    Ok(larger) => *gathered = larger,
+                    Err(Error::Device { source, .. }) => return self.keep(Err(source)),
+                    Err(_) => unreachable!("buffers fail by the device"),
+                }
+                self.card.moved();
+            }
+            gathered.set_len(n);
+            let arena = lock(&self.arena);
+            let wanted = arena.out(rows.on_card());
+            let copied =
+                cuda::get_rows::copy_rows(dev, x.view(), width, wanted, gathered.view_mut());
+            let copied =
+                copied.and_then(|()| dev.copy(gathered.view(), x.view_mut().slice_mut(0..n)));
+            self.keep(copied);
+        }
+        x.set_len(n);
+    }
+
+    fn write_cells(&self, layer: usize, rows: &Rows, k: &Buffer, v: &Buffer, s: &mut [&mut Store]) {
+        let (arena, at) = (lock(&self.arena), rows.on_card());
+        let slots = arena.slots(at, layer);
+        let (k, v) = (k.card().view(), v.card().view());
+        self.keep(at.pool.with(|pool| {
+            let pool = pool.all_mut();
+            attend::write_cells(&self.card.dev, s[0].layout(), pool, slots, k, v)
+        }));
+    }
+
+    fn attend(
+        &self,
+        layer: usize,
+        rows: &Rows,
+        n_head: usize,
+        q: &Buffer,
+        stores: &[&Store],
+        out: &mut Buffer,
+    ) {
+        let (arena, at) = (lock(&self.arena), rows.on_card());
+        let layout = stores[0].layout();
+        let scale = 1.0 / (layout.head_dim_k as f32).sqrt();
+        let queries = attend::Queries {
+            q: q.card().view(),
+            seq: arena.seq(at),
+            visible: arena.visible(at, layer),
+        };
+        self.keep(at.pool.with(|pool| {
+            let cells = attend::Cells {
+                pool: pool.all(),
+                pages: arena.pages(at),
+                tables: arena.tables(at, layer),
+            };
+            attend::attend(
+                &self.card.dev,
+                layout,
+                n_head,
+                scale,
+                &queries,
+                &cells,
+                at.max_cells,
+                at.max_ranked,
+                out.card_mut().view_mut(),
+            )
+        }));
+    }
+
+    fn gates(&self, rule: Rule, beta: &mut Buffer, g: &mut Buffer, a: &Buffer, dt_bias: &Buffer) {
+        let dev = &self.card.dev;
+        let (beta, g) = (beta.card_mut(), g.card_mut());
+        if rule == Rule::Delta {
+            return self.keep(gates::sigmoid(dev, beta.view_mut()));
+        }
+        let (a, dt_bias) = (a.card().view(), dt_bias.card().view());
+        let done = match rule {
+            Rule::Ssd => {
+                let ones = self.ones.view().slice(0..a.len());
+                dev.copy(beta.view(), g.view_mut())
+                    .and_then(|()| gates::decay(dev, beta.view_mut(), ones, dt_bias))
+            }
+            _ => gates::sigmoid(dev, beta.view_mut()),
+        };
+        self.keep(done.and_then(|()| gates::decay(dev, g.view_mut(), a, dt_bias)));
+    }
+
+    fn write_gates(
+        &self,
+        layer: usize,
+        rows: &Rows,
+        part: usize,
+        beta: &Buffer,
+        g: &Buffer,
+        store: &mut Store,
+    ) {
+        let (arena, at) = (lock(&self.arena), rows.on_card());
+        let (Some(pool), Some(layout)) = (&at.gate_pool, store.gates_layout()) else {
+            return; // none of the rows has gates: all are sinks
+        };
+        let slots = arena.gates(at, layer, rows.parts[part].rows.clone());
+        let (beta, g) = (beta.card().view(), g.card().view());
+        self.keep(pool.with(|pool| {
+            let pool = pool.all_mut();
+            attend::write_cells(&self.card.dev, layout, pool, slots, beta, g)
+        }));
+    }
+
+    fn read_cells(
+        &self,
+        layer: usize,
+        rows: &Rows,
+        part: usize,
+        store: &Store,
+        k: &mut Buffer,
+        v: &mut Buffer,
+        beta: &mut Buffer,
+        g: &mut Buffer,
+    ) {
+        let (arena, at) = (lock(&self.arena), rows.on_card());
+        let n = rows.parts[part].n_recalls();
+        let (cells, gates) = arena.recalls(at, layer, part, n);
+        let (k, v) = (k.card_mut().view_mut(), v.card_mut().view_mut());
+        let (beta, g) = (beta.card_mut().view_mut(), g.card_mut().view_mut());
+        let dev = &self.card.dev;
+        let read = at
+            .pool
+            .with(|pool| attend::read_cells(dev, store.layout(), pool.all(), cells, k, v));
+        let pool = at.gate_pool.as_ref().expect("cells recalled have gates");
+        let layout = store.gates_layout().expect("cells recalled have gates");
+        self.keep(read.and_then(|()| {
+            pool.with(|pool| attend::read_cells(dev, layout, pool.all(), gates, beta, g))
+        }));
+    }
+
+    fn recur(&self, step: Recurrence<'_>) {
+        let dev = &self.card.dev;
+        let width = step.n_head * step.head_dim;
+        let next = step.next.card_mut();
+        let q = step.q.card().view();
+        let copied = dev.copy(step.state.card().view(), next.view_mut());
+        self.keep(copied.and_then(|()| {
+            let seq = recur::Recur {
+                rule: step.rule,
+                n_tokens: step.rows.len(),
+                n_head: step.n_head,
+                n_head_k: step.n_head_kv,
+                head_dim_k: step.head_dim,
+                head_dim_v: step.head_dim,
+                q: q.slice(step.rows.start * width..step.rows.end * width),
+                k: step.k.card().view(),
+                v: step.v.card().view(),
+                g: (step.rule != Rule::Delta).then(|| step.g.card().view()),
+                beta: step.beta.card().view(),
+                resets: None,
+                state: next.view_mut(),
+                out: step.out.card_mut().view_mut(),
+                q_stride: 0,
+                k_stride: 0,
+                v_stride: 0,
+            };
+            recur::recur(dev, Form::Auto, &mut [seq])
+        }));
+    }
+
+    fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize) {
+        let (x, gate) = (x.card_mut().view_mut(), gate.card().view());
+        self.keep(gates::gate_heads(&self.card.dev, x, gate, head_dim));
+    }
+
+    fn add_heads(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        n_head: usize,
+        head_dim: usize,
+        out: &mut Buffer,
+        first: usize,
+    ) {
+        let (x, w) = (x.card().view(), w.card().view());
+        let first = first * n_head * head_dim;
+        let out = out.card_mut().view_mut();
+        let out = out.slice_mut(first..first + x.len());
+        self.keep(gates::project_heads(&self.card.dev, x, w, head_dim, out));
+    }
+
+    fn copy_cells(
+        &self,
+        layout: &PageLayout,
+        from: &[&Page],
+        to: &mut [Page],
+        cells: &[(usize, usize)],
+    ) {
+        let slot = |page: &Page, cell: usize| {
+            page.card().number * PAGE_CELLS as u32 + (cell % PAGE_CELLS) as u32
+        };
+        let slots = |f: &dyn Fn(&(usize, usize)) -> u32| -> std::result::Result<_, _> {
+            let slots: Vec<u32> = cells.iter().map(f).collect();
+            self.card.dev.upload(&slots)
+        };
+        let Some(first) = to.first() else { return };
+        let pool = Arc::clone(&first.card().pool);
+        let old = slots(&|&(old, _)| slot(from[old / PAGE_CELLS], old));
+        let new = slots(&|&(_, new)| slot(&to[new / PAGE_CELLS], new));
+        self.keep(old.and_then(|old| {
+            let new = new?;
+            pool.with(|pool| {
+                let pool = pool.all_mut();
+                attend::copy_cells(&self.card.dev, layout, pool, old.all(), new.all())
+            })
+        }));
+    }
+}

@@ -1,0 +1,213 @@
+//! The small ops around the recurrences of AHN and of the nodes trunk, on the device.
+
+use super::device::Shape;
+use super::{Device, Error, View, ViewMut, blocks};
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GateArgs {
+    x: u64,
+    a: u64,
+    bias: u64,
+    n: u64,
+    n_head: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ConvArgs {
+    x: u64,
+    taps: u64,
+    past: u64,
+    out: u64,
+    n: i32,
+    w: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GateHeadsArgs {
+    x: u64,
+    gate: u64,
+    n_numbers: u64,
+    d: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ProjectHeadsArgs {
+    x: u64,
+    w: u64,
+    out: u64,
+    n: i32,
+    n_head: i32,
+    d: i32,
+}
+
+const THREADS: usize = 256;
+
+/// One thread for each of `n` numbers.
+fn each(n: usize) -> Shape {
+    Shape::row(blocks(n, THREADS, u32::MAX as usize), THREADS as u32)
+}
+
+/// `x[i] = 1 / (1 + exp(-x[i]))`.
+///
+/// # Errors
+/// If the driver refuses.
+pub fn sigmoid(dev: &Device, x: ViewMut<'_, f32>) -> Result<(), Error> {
+    let args = GateArgs {
+        x: dev.output(&x),
+        a: 0,
+        bias: 0,
+        n: x.len() as u64,
+        n_head: 1,
+    };
+    // SAFETY: the struct is the kernel's; it reads neither `a` nor `bias`.
+    unsafe { dev.launch("sigmoid_gate", each(x.len()), &args) }
+}
+
+/// `x[t, h] = a[h] * ln(1 + exp(x[t, h] + bias[h]))`: log decays from their projections.
+///
+/// # Errors
+/// If the driver refuses.
+///
+/// # Panics
+/// If the lengths do not fit together.
+pub fn decay(
+    dev: &Device,
+    x: ViewMut<'_, f32>,
+    a: View<'_, f32>,
+    bias: View<'_, f32>,
+) -> Result<(), Error> {
+    assert_eq!(a.len(), bias.len(), "decay: a and bias differ in length");
+    assert!(
+        !a.is_empty() && x.len().is_multiple_of(a.len()),
+        "decay: {} numbers are not rows of {}",
+        x.len(),
+        a.len()
+    );
+    let args = GateArgs {
+        x: dev.output(&x),
+        a: dev.input(&a),
+        bias: dev.input(&bias),
+        n: x.len() as u64,
+        n_head: a.len() as i32,
+    };
+    // SAFETY: the struct is the kernel's, lengths are checked above.
+    unsafe { dev.launch("decay_gate", each(x.len()), &args) }
+}
+
+/// `out = silu(conv(x))`: the causal convolution of each of `w` channels over its last four
+/// inputs. `x` and `out` are `[n, w]`, `taps` is `[w, 4]` with the current input last, `past`
+/// `[3, w]` holds the inputs before `x` and afterwards the last three.
+///
+/// # Errors
+/// If the driver refuses.
+///
+/// # Panics
+/// If the lengths do not fit together.
+pub fn conv_silu(
+    dev: &Device,
+    x: View<'_, f32>,
+    taps: View<'_, f32>,
+    past: ViewMut<'_, f32>,
+    out: ViewMut<'_, f32>,
+) -> Result<(), Error> {
+    let w = taps.len() / 4;
+    assert_eq!(taps.len(), 4 * w, "conv_silu: taps are not [w, 4]");
+    assert_eq!(past.len(), 3 * w, "conv_silu: past is not [3, {w}]");
+    assert_eq!(x.len(), out.len(), "conv_silu: x and out differ in length");
+    assert!(
+        w > 0 && x.len().is_multiple_of(w),
+        "conv_silu: {} numbers are not rows of {w}",
+        x.len()
+    );
+    let args = ConvArgs {
+        x: dev.input(&x),
+        taps: dev.input(&taps),
+        past: dev.output(&past),
+        out: dev.output(&out),
+        n: (x.len() / w) as i32,
+        w: w as i32,
+    };
+    // SAFETY: the struct is the kernel's, lengths are checked above.
+    unsafe { dev.launch("conv_silu", each(w), &args) }
+}
+
+/// `x[i, :] *= silu(gate[i])` for rows of `d` numbers.
+///
+/// # Errors
+/// If the driver refuses.
+///
+/// # Panics
+/// If the lengths do not fit together.
+pub fn gate_heads(
+    dev: &Device,
+    x: ViewMut<'_, f32>,
+    gate: View<'_, f32>,
+    d: usize,
+) -> Result<(), Error> {
+    assert_eq!(
+        x.len(),
+        gate.len() * d,
+        "gate_heads: x is not [{}, {d}]",
+        gate.len()
+    );
+    if x.is_empty() {
+        return Ok(());
+    }
+    let args = GateHeadsArgs {
+        x: dev.output(&x),
+        gate: dev.input(&gate),
+        n_numbers: x.len() as u64,
+        d: d as i32,
+    };
+    // SAFETY: the struct is the kernel's, lengths are checked above.
+    unsafe { dev.launch("gate_heads", each(x.len()), &args) }
+}
+
+/// `out[t, h, :] += x[t, h, :] w[h]`: a matrix of its own for every head. `x` and `out` are
+/// `[n, n_head, d]`, `w` is `[n_head, d, d]`, from times to.
+///
+/// # Errors
+/// If the driver refuses.
+///
+/// # Panics
+/// If the lengths do not fit together.
+pub fn project_heads(
+    dev: &Device,
+    x: View<'_, f32>,
+    w: View<'_, f32>,
+    d: usize,
+    out: ViewMut<'_, f32>,
+) -> Result<(), Error> {
+    assert_eq!(x.len(), out.len(), "project_heads: x and out differ");
+    assert!(
+        d > 0 && !w.is_empty() && w.len().is_multiple_of(d * d),
+        "project_heads: {} numbers are not matrices of {d} x {d}",
+        w.len()
+    );
+    let n_head = w.len() / (d * d);
+    assert!(
+        x.len().is_multiple_of(n_head * d),
+        "project_heads: {} numbers are not rows of {n_head} heads of {d}",
+        x.len()
+    );
+    let n = x.len() / (n_head * d);
+    let args = ProjectHeadsArgs {
+        x: dev.input(&x),
+        w: dev.input(&w),
+        out: dev.output(&out),
+        n: n as i32,
+        n_head: n_head as i32,
+        d: d as i32,
+    };
+    let shape = Shape {
+        grid: [n.div_ceil(8) as u32, n_head as u32, 1],
+        block: [d.next_multiple_of(32).min(THREADS) as u32, 1, 1],
+        shared_bytes: 0,
+    };
+    // SAFETY: the struct is the kernel's, lengths are checked above.
+    unsafe { dev.launch("project_heads", shape, &args) }
+}
