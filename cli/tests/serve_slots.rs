@@ -2,7 +2,7 @@
 
 mod server;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use server::{Server, model, read_reply};
 use std::io::{Read, Write};
 use std::time::Duration;

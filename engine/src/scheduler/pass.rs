@@ -20,6 +20,9 @@ const FIRST_SHARE: usize = 64;
 /// Tokens between two remembered states of a prompt that cannot be taken back token by token.
 const MARK_EVERY: usize = 2048;
 
+/// What each slot that was fed got: logits, or hidden states for an embedding.
+type Outputs = Vec<(usize, Result<Vec<f32>>)>;
+
 impl Scheduler {
     /// Gives idle slots to waiting requests, oldest first. A request that wants a certain slot
     /// waits for it without holding up the others.
@@ -245,11 +248,10 @@ impl Scheduler {
         true
     }
 
-    /// Feeds the shares. Returns the prompt rows among them and what every slot that was fed wanted:
-    /// logits, or hidden states for an embedding.
-    fn step(&mut self, shares: &[usize]) -> (usize, Vec<(usize, Result<Vec<f32>>)>) {
+    /// Feeds the shares. Returns the prompt rows among them and what came of it.
+    fn step(&mut self, shares: &[usize]) -> (usize, Outputs) {
         let mut rows = 0;
-        let mut results = Vec::new();
+        let mut results = Outputs::new();
         // One kind of output and one pass' worth at a time: then an error changes nothing.
         for hidden in [false, true] {
             let ids: Vec<usize> = (self.slots.iter())
@@ -277,12 +279,7 @@ impl Scheduler {
 
     /// Feeds a group of slots together. Whoever is at fault for an error leaves the group, and the
     /// others try again.
-    fn feed(
-        &mut self,
-        group: &mut Vec<usize>,
-        shares: &[usize],
-        results: &mut Vec<(usize, Result<Vec<f32>>)>,
-    ) {
+    fn feed(&mut self, group: &mut Vec<usize>, shares: &[usize], results: &mut Outputs) {
         while !group.is_empty() {
             let mut feeds = Vec::with_capacity(group.len());
             for slot in self.slots.iter_mut().filter(|s| group.contains(&s.id)) {
