@@ -194,7 +194,10 @@ mod tests {
         assert!(ends("a\n", "\n", "B"));
         assert!(!ends("a", "\n", "B"));
         assert!(!ends("a\n\n", "\n", "B"), "one blank line, one cut");
-        assert!(ends("a", ".", ""), "a turn ends and a control token follows");
+        assert!(
+            ends("a", ".", ""),
+            "a turn ends and a control token follows"
+        );
         assert!(!ends("3", ".", "14"));
         assert!(!ends("a", "b", " c"));
         assert!(!ends("a", "", " c"));

@@ -29,9 +29,7 @@ fn parse_layers(spec: &MemorySpec, text: &str, n_layer: usize) -> Result<Vec<boo
         let bounds = first.trim().parse::<usize>().ok();
         let bounds = bounds.zip(last.trim().parse::<usize>().ok());
         let Some((first, last)) = bounds.filter(|(first, last)| first <= last) else {
-            return Err(spec.refuse(format!(
-                "`full` expects layers such as 0-3+8, got `{part}`"
-            )));
+            return Err(spec.refuse(format!("`full` expects layers such as 0-3+8, got `{part}`")));
         };
         match layers.get_mut(first..=last) {
             Some(named) => named.fill(true),
@@ -132,7 +130,11 @@ impl Memory for Layered {
             n_tokens,
             n_entries: n_tokens,
             n_cells: self.store.n_cells(),
-            n_dropped: if n_full == n_layer { 0 } else { n_tokens - n_seen },
+            n_dropped: if n_full == n_layer {
+                0
+            } else {
+                n_tokens - n_seen
+            },
             cell_bytes: self.store.bytes(),
             full_bytes: n_tokens * self.ctx.cell_bytes(),
             bound_bytes: bound(n_tokens + 1, n_full) + bound(n_seen + 1, n_layer - n_full),
