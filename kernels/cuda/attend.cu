@@ -15,7 +15,6 @@
 
 static constexpr int PART_CELLS = 128;
 static constexpr int ROWS = 16;
-static constexpr int N_WARPS = 4;
 
 struct AttendArgs {
     PageShape page;
@@ -399,15 +398,15 @@ DEVICE uint64_t part_end(uint64_t begin, uint64_t end) {
     return begin < end ? (end + PART_CELLS - 1) / PART_CELLS : begin / PART_CELLS;
 }
 
-// Few queries: grid [parts / N_WARPS, query and its tiles of 16 heads, kv head]. A warp does one
-// part for the heads of one query.
+// Few queries: grid [parts / warps, query and its tiles of 16 heads, kv head]. A warp does one part
+// for the heads of one query.
 template <int DIM>
 DEVICE void attend_split(const AttendArgs &a) {
     SHARED(Words4, shared);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int group = a.n_head / a.page.n_head_kv, tiles = ceil_div(group, ROWS);
     const int query = blockIdx.y / tiles, first = blockIdx.y % tiles * ROWS, head_kv = blockIdx.z;
-    const int part = blockIdx.x * N_WARPS + warp;
+    const int part = blockIdx.x * (blockDim.x / WARP) + warp;
     const auto row_of = [&](int r) {
         return first + r < group ? attend_row(a, query, first + r) : attend_row(a, -1, 0);
     };
@@ -464,14 +463,14 @@ KERNEL(attend_merge, 256, AttendArgs) {
     if (i < a.page.dim_v) a.out[row * a.page.dim_v + i] = total == 0.0f ? 0.0f : sum / total;
 }
 
-// Many queries: grid [tiles of 64 rows, kv head]. Rows are (query, head) pairs in order.
+// Many queries: grid [blocks of 16 rows a warp, kv head]. Rows are (query, head) pairs in order.
 template <int DIM>
 DEVICE void attend_rows(const AttendArgs &a) {
     SHARED(Words4, shared);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int group = a.n_head / a.page.n_head_kv, head_kv = blockIdx.y;
     const int64_t n_rows = static_cast<int64_t>(a.n_q) * group;
-    const int64_t first = (static_cast<int64_t>(blockIdx.x) * N_WARPS + warp) * ROWS;
+    const int64_t first = (static_cast<int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp) * ROWS;
     if (first >= n_rows) return;
     const auto row_of = [&](int64_t r) {
         return r < n_rows ? attend_row(a, static_cast<int>(r / group), static_cast<int>(r % group))

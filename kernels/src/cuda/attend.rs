@@ -112,8 +112,7 @@ struct CellsArgs {
     v: u64,
 }
 
-/// Warps of a block, each with 16 rows.
-const WARPS: usize = 4;
+/// Rows of a warp.
 const ROWS: usize = 16;
 /// Most room for parts of few queries; beyond it queries walk their parts one after another.
 const PARTS_BYTES: usize = 256 << 20;
@@ -127,14 +126,15 @@ const PARTS_BYTES: usize = 256 << 20;
 /// page of its table holds, or more cells than the caller said, yields NaN. Other cells are not
 /// read into any result, whatever they hold. Values that are finite, `scale` positive.
 ///
-/// Against exact arithmetic: queries are good to 2^-17, weights to 2^-11 of the largest with F16
-/// and Q8_0 values, to 2^-16 with BF16 and F32.
+/// Against exact arithmetic: queries are good to 2^-16, weights to 2^-11 of each with F16 and Q8_0
+/// values and to 2^-16 with BF16 and F32; Q8_0 keys and values are multiplied out in F16, 2^-11.
 ///
 /// # Errors
 /// If the driver refuses.
 ///
 /// # Panics
-/// If shapes do not fit together or a head has more than 256 dimensions.
+/// If shapes do not fit together, a head has more than 256 dimensions, or the pool does not begin at
+/// a multiple of 16 bytes.
 pub fn attend(
     dev: &Device,
     layout: &PageLayout,
@@ -147,6 +147,7 @@ pub fn attend(
     out: ViewMut<'_, f32>,
 ) -> Result<(), Error> {
     let page = PageShape::new(layout, cells.pool.len());
+    check_pool(cells.pool);
     assert!(
         n_head > 0 && n_head.is_multiple_of(layout.n_head_kv),
         "attend: {n_head} query heads on {} kv heads",
@@ -173,9 +174,15 @@ pub fn attend(
     let parts_bytes = (n_q * n_head)
         .saturating_mul(max_parts)
         .saturating_mul((page.padded_v() + 2) * 4);
+    // Larger heads need more shared memory for each warp, and not every device has much.
+    let warps = if page.padded_k().max(page.padded_v()) > 128 {
+        2
+    } else {
+        4
+    };
     let tiles = (n_q * group).div_ceil(ROWS) * layout.n_head_kv;
     // Enough rows fill the device by themselves and then read every cell once for 64 of them.
-    let split = tiles < 4 * WARPS * dev.n_multiprocessors().max(8)
+    let split = tiles < 16 * dev.n_multiprocessors().max(8)
         && n_q * group.div_ceil(ROWS) <= 65_535
         && parts_bytes <= PARTS_BYTES;
     let chosen_words = max_ranked.div_ceil(32);
@@ -216,12 +223,12 @@ pub fn attend(
     if split {
         let shape = Shape {
             grid: [
-                max_parts.div_ceil(WARPS) as u32,
+                max_parts.div_ceil(warps) as u32,
                 (n_q * group.div_ceil(ROWS)) as u32,
                 layout.n_head_kv as u32,
             ],
-            block: [32 * WARPS as u32, 1, 1],
-            shared_bytes: (WARPS * query_bytes) as u32,
+            block: [32 * warps as u32, 1, 1],
+            shared_bytes: (warps * query_bytes) as u32,
         };
         let kernel = name(&["attend_split_64", "attend_split_128", "attend_split_256"]);
         // SAFETY: the struct is the kernel's, lengths are checked above and indices by the kernel;
@@ -237,12 +244,12 @@ pub fn attend(
     } else {
         let shape = Shape {
             grid: [
-                (n_q * group).div_ceil(ROWS * WARPS) as u32,
+                (n_q * group).div_ceil(ROWS * warps) as u32,
                 layout.n_head_kv as u32,
                 1,
             ],
-            block: [32 * WARPS as u32, 1, 1],
-            shared_bytes: (WARPS * (query_bytes + width / 8 * 32 * 16)) as u32,
+            block: [32 * warps as u32, 1, 1],
+            shared_bytes: (warps * (query_bytes + width / 8 * 32 * 16)) as u32,
         };
         let kernel = name(&["attend_rows_64", "attend_rows_128", "attend_rows_256"]);
         // SAFETY: as above.
@@ -294,6 +301,14 @@ fn rank(dev: &Device, of: &Args, ranks: u64, layout: &PageLayout) -> Result<(), 
     unsafe { dev.launch("choose_cells", shape, &args) }
 }
 
+/// Pages begin at multiples of 256 in the pool, and are read 16 bytes at a time.
+fn check_pool(pool: View<'_, u8>) {
+    assert!(
+        pool.address().is_multiple_of(16),
+        "a pool of pages begins inside a word of 16 bytes"
+    );
+}
+
 fn check_cells(layout: &PageLayout, n: usize, k: usize, v: usize) {
     assert_eq!(
         k,
@@ -334,6 +349,7 @@ pub fn write_cells(
     v: View<'_, f32>,
 ) -> Result<(), Error> {
     let page = PageShape::new(layout, pool.len());
+    check_pool(pool.as_view());
     check_cells(layout, slots.len(), k.len(), v.len());
     let args = CellsArgs {
         page,
@@ -365,6 +381,7 @@ pub fn read_cells(
     v: ViewMut<'_, f32>,
 ) -> Result<(), Error> {
     let page = PageShape::new(layout, pool.len());
+    check_pool(pool);
     check_cells(layout, slots.len(), k.len(), v.len());
     let args = CellsArgs {
         page,
@@ -396,6 +413,7 @@ pub fn copy_cells(
 ) -> Result<(), Error> {
     assert_eq!(from.len(), to.len(), "copy_cells: from and to differ");
     let page = PageShape::new(layout, pool.len());
+    check_pool(pool.as_view());
     let args = CellsArgs {
         page,
         pool: dev.output(&pool),

@@ -8,13 +8,20 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::{Mutex, PoisonError};
 
+/// Bytes where the driver may want words.
+#[repr(C, align(64))]
+struct Aligned<T: ?Sized>(T);
+
 /// Fat binaries made by `build.rs`: machine code for Ampere and Hopper, PTX for what came later.
 macro_rules! images {
     ($($file:literal)*) => {
-        &[$(($file, include_bytes!(concat!(env!("OUT_DIR"), "/", $file, ".fatbin")))),*]
+        &[$((
+            $file,
+            &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $file, ".fatbin"))),
+        )),*]
     };
 }
-static IMAGES: &[(&str, &[u8])] = images!("add" "argmax" "attend" "cells" "gates" "get_rows" "mul_mat" "peak" "rank" "recur" "rms_norm" "rope" "swiglu");
+static IMAGES: &[(&str, &Aligned<[u8]>)] = images!("add" "argmax" "attend" "cells" "gates" "get_rows" "mul_mat" "peak" "rank" "recur" "rms_norm" "rope" "swiglu");
 
 /// More dynamic shared memory than this must be asked for, function by function.
 const SHARED_BYTES: u32 = 48 * 1024;
@@ -145,7 +152,7 @@ impl Driver {
         driver.stream = wrap("a stream", result::stream::create(kind))?;
         for (file, image) in IMAGES {
             // SAFETY: a fat binary of ours, which says its own length.
-            let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
+            let module = unsafe { result::module::load_data(image.0.as_ptr().cast()) };
             driver
                 .modules
                 .push(wrap(&format!("loading the kernels of {file}"), module)?);

@@ -95,7 +95,7 @@ impl Cuda {
     /// What a recording of `pass` would hold beside the rows; `None` when it is not worth one.
     fn key(&self, pass: &Pass<'_>) -> Option<Key> {
         let (rows, at) = (&pass.rows, pass.rows.card()?);
-        if rows.n() > RECORDED_ROWS {
+        if rows.n() > RECORDED_ROWS || pass.hidden {
             return None;
         }
         let mut key = vec![
