@@ -46,7 +46,7 @@ def draw_record(rng, level):
         relations = (rng.choice(relations),)
     facts, extra = (rng.randint(*level[k]) for k in ("facts", "filler"))
     if task in ("own", "track"):
-        return record(rng, "single", facts, extra, level.get("questions", 4), (task,), 1.0, 0.5)
+        return record(rng, "single", facts, extra, level.get("questions", 4), (task,), 1.0, level.get("terse", 0.5))
     return record(rng, "single" if task == "repeat" else task, facts, extra, level.get("questions", 4), relations,
                   level.get("repeat", 1.0) if task != "single" else 0.0, level.get("terse", 0.0))
 

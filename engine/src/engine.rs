@@ -202,15 +202,24 @@ impl Default for SequenceOptions {
     }
 }
 
-/// Which logits a feed wants.
+/// What a feed wants of the pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Want {
-    /// None.
+    /// Nothing.
     None,
-    /// Those after the last token.
+    /// Logits after the last token.
     Last,
-    /// Those after every token.
+    /// Logits after every token.
     All,
+    /// Hidden states of every token after the last norm, `[n, n_embd]`: what embeddings are made of.
+    Hidden,
+}
+
+impl Want {
+    /// Whether something is wanted of every token.
+    fn is_every(self) -> bool {
+        matches!(self, Want::All | Want::Hidden)
+    }
 }
 
 /// Tokens for one sequence.
@@ -219,7 +228,7 @@ pub struct Feed<'a> {
     pub seq: &'a mut Sequence,
     /// The tokens.
     pub tokens: &'a [u32],
-    /// The logits to return.
+    /// What to return.
     pub want: Want,
 }
 
@@ -264,13 +273,17 @@ impl Engine {
         Sequence::new(&self.model, spec, options)
     }
 
-    /// Feeds tokens to several sequences, in passes they share, and returns the logits each feed
-    /// asked for, `[n, n_vocab]` per feed. Tokens are checked and room is asked for before
+    /// Feeds tokens to several sequences, in passes they share, and returns what each feed asked
+    /// for: logits `[n, n_vocab]` or hidden states `[n, n_embd]`. Tokens are checked and room is asked for before
     /// anything changes; feeding more than one pass' worth may leave earlier passes read when a
     /// later one is refused.
     pub fn step(&mut self, feeds: &mut [Feed<'_>]) -> Result<Vec<Vec<f32>>> {
         let n_vocab = self.model.hparams().n_vocab;
         for feed in feeds.iter() {
+            if feed.want == Want::Hidden && feed.seq.memory.reads_logits() {
+                let what = "its tokens are chosen by logits, so there are no embeddings with it";
+                return Err(feed.seq.spec.refuse(what));
+            }
             if let Some(&id) = feed.tokens.iter().find(|&&id| id as usize >= n_vocab) {
                 return Err(Error::TokenId { id, n_vocab });
             }
@@ -287,6 +300,9 @@ impl Engine {
             if waiting.is_empty() {
                 return Ok(logits);
             }
+            // A pass ends with logits or with hidden states, not both.
+            let hidden = feeds[waiting[0]].want == Want::Hidden;
+            waiting.retain(|&i| (feeds[i].want == Want::Hidden) == hidden);
             waiting.sort_by_key(|&i| feeds[i].tokens.len() - read[i]);
             let mut shares = vec![0; feeds.len()];
             for (nth, &i) in waiting.iter().enumerate() {
@@ -294,7 +310,7 @@ impl Engine {
                 shares[i] = fair.min(feeds[i].tokens.len() - read[i]);
                 room -= shares[i];
             }
-            self.pass(feeds, &shares, &mut read, &mut logits)?;
+            self.pass(feeds, &shares, hidden, &mut read, &mut logits)?;
         }
     }
 
@@ -303,10 +319,12 @@ impl Engine {
         &mut self,
         feeds: &mut [Feed<'_>],
         shares: &[usize],
+        hidden: bool,
         read: &mut [usize],
         logits: &mut [Vec<f32>],
     ) -> Result<()> {
-        let n_vocab = self.model.hparams().n_vocab;
+        let hp = self.model.hparams();
+        let width = if hidden { hp.n_embd } else { hp.n_vocab };
         let mut plans: Vec<Plan> = Vec::with_capacity(feeds.len());
         for (i, feed) in feeds.iter_mut().enumerate() {
             let tokens = &feed.tokens[read[i]..read[i] + shares[i]];
@@ -315,7 +333,7 @@ impl Engine {
                 _ => feed
                     .seq
                     .memory
-                    .plan(&*self.ops, tokens, feed.want == Want::All)?,
+                    .plan(&*self.ops, tokens, feed.want.is_every())?,
             });
         }
         // Rows whose logits are read: by the caller, or by the memory itself.
@@ -325,7 +343,7 @@ impl Engine {
         for (i, plan) in plans.iter().enumerate() {
             let first = out_rows.len();
             let last = feeds[i].tokens.len() - read[i];
-            let all = feeds[i].want == Want::All || feeds[i].seq.memory.reads_logits();
+            let all = feeds[i].want.is_every() || feeds[i].seq.memory.reads_logits();
             for (j, entry) in plan.entries.iter().enumerate() {
                 let wanted = entry
                     .token
@@ -337,19 +355,23 @@ impl Engine {
             answers.push((first..out_rows.len()).collect());
             row += plan.entries.len();
         }
-        if let Err(e) = self.run(feeds, &plans, out_rows) {
+        if let Err(e) = self.run(feeds, &plans, out_rows, hidden) {
             for feed in feeds {
                 feed.seq.memory.store_mut().unreserve();
             }
             return Err(e);
         }
-        let all_logits = self.scratch.logits.read_with(&mut self.logits)?;
+        let outputs = match hidden {
+            true => &self.scratch.h,
+            false => &self.scratch.logits,
+        };
+        let outputs = outputs.read_with(&mut self.logits)?;
         for (i, (feed, plan)) in feeds.iter_mut().zip(&plans).enumerate() {
             if shares[i] == 0 {
                 continue;
             }
             let rows = match (answers[i].first(), answers[i].last()) {
-                (Some(first), Some(last)) => &all_logits[first * n_vocab..(last + 1) * n_vocab],
+                (Some(first), Some(last)) => &outputs[first * width..(last + 1) * width],
                 _ => &[],
             };
             let tokens = &feed.tokens[read[i]..read[i] + shares[i]];
@@ -360,9 +382,9 @@ impl Engine {
             read[i] += taken;
             match feed.want {
                 Want::None => {}
-                Want::All => logits[i].extend_from_slice(&rows[..taken * n_vocab]),
+                Want::All | Want::Hidden => logits[i].extend_from_slice(&rows[..taken * width]),
                 Want::Last if read[i] == feed.tokens.len() && taken > 0 => {
-                    logits[i] = rows[rows.len() - n_vocab..].to_vec();
+                    logits[i] = rows[rows.len() - width..].to_vec();
                 }
                 Want::Last => {}
             }
@@ -373,7 +395,13 @@ impl Engine {
 
 impl Engine {
     /// The layers over what is planned of each feed; logits of `out_rows` into the scratch.
-    fn run(&mut self, feeds: &mut [Feed<'_>], plans: &[Plan], out_rows: Vec<usize>) -> Result<()> {
+    fn run(
+        &mut self,
+        feeds: &mut [Feed<'_>],
+        plans: &[Plan],
+        out_rows: Vec<usize>,
+        hidden: bool,
+    ) -> Result<()> {
         let sequences: Vec<(&mut (dyn Memory + 'static), &Plan)> = feeds
             .iter_mut()
             .zip(plans)
@@ -390,6 +418,7 @@ impl Engine {
             sequences,
             out_rows,
         )?;
+        pass.hidden = hidden;
         self.ops.run(&mut pass, self.model.arch.forward)
     }
 }

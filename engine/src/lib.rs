@@ -5,6 +5,7 @@
 //! lets each memory commit. The engine knows no HTTP and no terminal.
 
 pub mod chat;
+pub mod embed;
 pub mod engine;
 pub mod error;
 pub mod gguf;

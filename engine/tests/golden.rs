@@ -89,6 +89,57 @@ fn plain_models_match_pytorch() {
     }
 }
 
+/// Hidden states after the last norm, from PyTorch's residual stream after the last layer: alone in
+/// chunks, and beside a feed that wants logits.
+#[test]
+fn hidden_states_match_pytorch() {
+    for name in names(&["qwen2-", "qwen3-", "llama-"]) {
+        let ops = Cpu::new(2);
+        let fixture = Fixture::open(&name, &ops);
+        let mut engine = Engine::new(fixture.model.clone(), ops, N_UBATCH);
+        let ids = fixture.ids("input_ids");
+        let hp = fixture.model.hparams().clone();
+        let stream = fixture.logits(&format!("layer.{}.out", hp.n_layer - 1));
+        let weight = &fixture.model.weights.output_norm;
+        let expected: Vec<f32> = (stream.chunks_exact(hp.n_embd))
+            .flat_map(|x| {
+                let squares: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
+                let size = (squares / hp.n_embd as f64 + f64::from(hp.rms_eps)).sqrt();
+                (x.iter().zip(weight)).map(move |(x, w)| (f64::from(*x) / size) as f32 * w)
+            })
+            .collect();
+        let spec = "full".parse().expect("a memory");
+        let want = Want::Hidden;
+        for chunk in [usize::MAX, 1, 7] {
+            let mut seq = engine.sequence(&spec, f32_cells()).expect("a sequence");
+            let mut got = Vec::new();
+            for tokens in ids.chunks(chunk.min(ids.len())) {
+                let seq = &mut seq;
+                let rows = engine.step(&mut [Feed { seq, tokens, want }]);
+                got.extend(rows.expect("the tokens fit").remove(0));
+            }
+            let worst = worst(&got, &expected);
+            assert!(
+                worst < TOLERANCE,
+                "{name}, chunks of {chunk}: off by {worst}"
+            );
+        }
+        let mut seqs = [0, 1].map(|_| engine.sequence(&spec, f32_cells()).expect("a sequence"));
+        let wants = [Want::Last, Want::Hidden];
+        let mut feeds: Vec<Feed> = (seqs.iter_mut().zip(wants))
+            .map(|(seq, want)| Feed {
+                seq,
+                tokens: &ids,
+                want,
+            })
+            .collect();
+        let both = engine.step(&mut feeds).expect("the tokens fit");
+        let logits = fixture.logits("logits");
+        assert!(worst(&both[0], &logits[logits.len() - hp.n_vocab..]) < TOLERANCE);
+        assert!(worst(&both[1], &expected) < TOLERANCE);
+    }
+}
+
 #[test]
 fn ahn_matches_pytorch() {
     for name in names(&["ahn-"]) {

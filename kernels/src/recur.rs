@@ -15,6 +15,7 @@ use crate::cpu;
 use crate::dispatch::{self, Isa};
 use crate::pool::Pool;
 use crate::split::SplitMut;
+use std::ops::Range;
 
 /// Tokens in a chunk of the chunked form.
 pub const CHUNK: usize = 64;
@@ -89,13 +90,28 @@ pub fn recur(pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
 /// has the recurrent form only and uses it for [`Form::Chunked`] too.
 pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
     let kernels = cpu::recur(isa);
+    let chunked = |n_tokens: usize| match form {
+        Form::Recurrent => false,
+        Form::Chunked => true,
+        Form::Auto => n_tokens >= kernels.chunked_from,
+    };
+    let all: usize = seqs.iter().map(|seq| seq.n_head).sum();
     let mut heads = Vec::new();
     let inputs: Vec<(Inputs<'_>, SplitMut<'_, f32>, SplitMut<'_, f32>)> = seqs
         .iter_mut()
         .enumerate()
         .map(|(i, seq)| {
             check(seq);
-            heads.extend((0..seq.n_head).map(|head| (i, head)));
+            // Together, but with some pieces for every thread.
+            let together = match kernels.chunked {
+                Chunked::Heads(_, most) if chunked(seq.n_tokens) => {
+                    most.min(all / (2 * pool.n_threads())).max(1)
+                }
+                _ => 1,
+            };
+            for first in (0..seq.n_head).step_by(together) {
+                heads.push((i, first..seq.n_head.min(first + together)));
+            }
             (
                 Inputs {
                     rule: seq.rule,
@@ -117,28 +133,25 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
         })
         .collect();
     pool.for_each(heads.len(), 1, |range| {
-        for &(seq, head) in &heads[range] {
-            let (x, state, out) = &inputs[seq];
+        for (seq, heads) in &heads[range] {
+            let (x, state, out) = &inputs[*seq];
             if x.n_tokens == 0 || x.head_dim_v == 0 {
                 continue;
             }
-            let chunked = match form {
-                Form::Recurrent => false,
-                Form::Chunked => true,
-                Form::Auto => x.n_tokens >= kernels.chunked_from,
-            };
-            let run = if chunked {
-                kernels.chunked
-            } else {
-                kernels.recurrent
-            };
             let len = x.head_dim_k * x.head_dim_v;
+            let first = heads.start * x.head_dim_v;
             // SAFETY: a head is claimed once; its state and its rows of `out`, one in `n_head`
             // from its own first row on, are its own. The instruction set is available.
             unsafe {
-                let first = head * x.head_dim_v;
+                let state = state.part(heads.start * len..heads.end * len);
                 let out = out.part(first..first).as_mut_ptr();
-                run(x, head, state.part(head * len..(head + 1) * len), out);
+                match kernels.chunked {
+                    Chunked::Heads(run, _) if chunked(x.n_tokens) => {
+                        run(x, heads.clone(), state, out);
+                    }
+                    Chunked::Head(run) if chunked(x.n_tokens) => run(x, heads.start, state, out),
+                    _ => (kernels.recurrent)(x, heads.start, state, out),
+                }
             }
         }
     });
@@ -148,10 +161,29 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
 /// are `n_head * head_dim_v` numbers apart.
 pub(crate) type RunHead = unsafe fn(&Inputs<'_>, usize, &mut [f32], *mut f32);
 
+/// Some heads over all tokens: [`RunHead`] with a range of heads and all their states; the row is
+/// the first one's.
+pub(crate) type RunHeads = unsafe fn(&Inputs<'_>, Range<usize>, &mut [f32], *mut f32);
+
+/// The chunked form, by the heads a call takes.
+#[derive(Clone, Copy)]
+pub(crate) enum Chunked {
+    Head(RunHead),
+    /// Up to so many heads go faster together.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(
+            dead_code,
+            reason = "only the form on AMX is so fast that pages matter"
+        )
+    )]
+    Heads(RunHeads, usize),
+}
+
 /// The two forms of an instruction set.
 pub(crate) struct HeadKernels {
     pub(crate) recurrent: RunHead,
-    pub(crate) chunked: RunHead,
+    pub(crate) chunked: Chunked,
     /// Tokens from which on the chunked form is the faster one.
     pub(crate) chunked_from: usize,
 }

@@ -3,6 +3,7 @@
 use super::args::Args;
 use super::errors::{ApiError, ApiResult};
 use mneme_engine::chat::ChatTemplate;
+use mneme_engine::embed::{Classifier, Pooling};
 use mneme_engine::grammar::GrammarVocab;
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::scheduler::{Command, Handle, Reply};
@@ -30,6 +31,10 @@ pub struct App {
     pub n_ctx: usize,
     /// Memory of a request that names none.
     pub memory: MemorySpec,
+    /// How hidden states become embeddings.
+    pub pooling: Pooling,
+    /// Head of a reranker.
+    pub classifier: Option<Classifier>,
     /// Seconds since 1970 when the process started.
     pub started: u64,
     /// The vocabulary as grammars need it, made when the first one comes.

@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result, anyhow, bail};
 use mneme_engine::SequenceOptions;
+use mneme_engine::embed::{POOLINGS, Pooling};
 use mneme_engine::engine::{KV_TYPES, kv_type};
 use mneme_engine::memory::MEMORIES;
 use mneme_engine::memory::spec::MemorySpec;
@@ -73,6 +74,8 @@ pub struct Args {
     pub hosts: Vec<String>,
     pub port: u16,
     pub api_prefix: String,
+    pub ssl_key_file: Option<PathBuf>,
+    pub ssl_cert_file: Option<PathBuf>,
     pub api_keys: Vec<String>,
     pub timeout: Duration,
     pub cors_origins: String,
@@ -94,6 +97,8 @@ pub struct Args {
     pub endpoint_metrics: bool,
     pub embeddings: bool,
     pub reranking: bool,
+    pub pooling: Option<Pooling>,
+    pub embd_normalize: i32,
     pub slot_save_path: Option<PathBuf>,
     pub similarity: f32,
     pub context_shift: bool,
@@ -124,6 +129,8 @@ impl Default for Args {
             hosts: vec!["127.0.0.1".into()],
             port: 8080,
             api_prefix: String::new(),
+            ssl_key_file: None,
+            ssl_cert_file: None,
             api_keys: Vec::new(),
             timeout: Duration::from_secs(3600),
             cors_origins: "*".into(),
@@ -145,6 +152,8 @@ impl Default for Args {
             endpoint_metrics: false,
             embeddings: false,
             reranking: false,
+            pooling: None,
+            embd_normalize: 2,
             slot_save_path: None,
             similarity: 0.1,
             context_shift: false,
@@ -281,6 +290,8 @@ const FLAGS: &[Flag] = &[
     flag(&["--host"], Text, "HOST", "ADDRESSES  where to listen, comma separated; PATH.sock for a Unix socket (127.0.0.1)", |args, v| { args.hosts = list(v); Ok(()) }),
     flag(&["--port"], Text, "PORT", "N  port (8080)", put!(port <- number)),
     flag(&["--api-prefix"], Text, "API_PREFIX", "/PATH  put every route below this", |args, v| { args.api_prefix = v.trim_end_matches('/').into(); Ok(()) }),
+    flag(&["--ssl-key-file"], Text, "SSL_KEY_FILE", "FILE  private key (PEM); with --ssl-cert-file the server speaks https", put!(ssl_key_file <- some_path)),
+    flag(&["--ssl-cert-file"], Text, "SSL_CERT_FILE", "FILE  certificate and what it rests on (PEM)", put!(ssl_cert_file <- some_path)),
     flag(&["--api-key"], Text, "API_KEY", "KEYS  keys that clients must show, comma separated", |args, v| { args.api_keys.extend(list(v)); Ok(()) }),
     flag(&["--api-key-file"], Text, "API_KEY_FILE", "FILE  the same, one per line", |args, v| {
         args.api_keys.extend(read(v)?.lines().map(str::trim).filter(|l| !l.is_empty()).map(String::from));
@@ -298,8 +309,16 @@ const FLAGS: &[Flag] = &[
     flag(&["--no-slots"], Nothing, "", "GET /slots answers 501", put!(endpoint_slots = false)),
     flag(&["--props"], Nothing, "ENDPOINT_PROPS", "POST /props works", put!(endpoint_props = true)),
     flag(&["--metrics"], Nothing, "ENDPOINT_METRICS", "GET /metrics works", put!(endpoint_metrics = true)),
-    flag(&["--embedding", "--embeddings"], Nothing, "EMBEDDINGS", "ask for embeddings (not available yet: answers 501)", put!(embeddings = true)),
-    flag(&["--rerank", "--reranking"], Nothing, "RERANKING", "ask for reranking (not available: answers 501)", put!(reranking = true)),
+    flag(&["--embedding", "--embeddings"], Nothing, "EMBEDDINGS", "POST /v1/embeddings and /embedding work", put!(embeddings = true)),
+    flag(&["--pooling"], Text, "POOLING", "none|mean|cls|last|rank  how tokens become an embedding (the model's own, else last)", |args, v| {
+        args.pooling = Some(Pooling::named(v).with_context(|| {
+            let known: Vec<_> = POOLINGS.iter().map(|p| p.0).collect();
+            format!("expected one of {}, got `{v}`", known.join(", "))
+        })?);
+        Ok(())
+    }),
+    flag(&["--embd-normalize"], Text, "", "N  length of embeddings: -1 as they are, 0 largest component 32760, 2 Euclidean 1, else p-norm 1 (2)", put!(embd_normalize <- number)),
+    flag(&["--rerank", "--reranking"], Nothing, "RERANKING", "POST /rerank works, for models with a classifier", |args, _| { args.reranking = true; args.embeddings = true; Ok(()) }),
     flag(&["--slot-save-path"], Text, "SLOT_SAVE_PATH", "DIR  slots can be saved to and restored from files in this folder", put!(slot_save_path <- some_path)),
     flag(&["-sps", "--slot-prompt-similarity"], Text, "", "X  a slot is chosen for its past when it holds this share of the prompt (0.1)", put!(similarity <- number)),
     flag(&["--context-shift"], Nothing, "CONTEXT_SHIFT", "a full slot forgets its oldest text instead of ending the answer", put!(context_shift = true)),
@@ -371,8 +390,8 @@ const FLAGS: &[Flag] = &[
         "--model-url", "-dr", "--docker-repo", "-hft", "--hf-token", "-lv", "--verbosity", "--log-verbosity", "--log-file",
         "--log-colors", "-lm", "--load-mode", "--numa", "-ot", "--override-tensor", "-ncmoe", "--n-cpu-moe", "-sm",
         "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu", "-dev", "--device", "--prio", "--prio-batch", "--poll",
-        "--poll-batch", "-C", "--cpu-mask", "-Cr", "--cpu-range", "-cram", "--cache-ram", "--cache-reuse", "--pooling",
-        "--embd-normalize", "--path", "--fit", "--fit-ctx", "--fit-target", "-dt", "--defrag-thold", "--slot-save-interval",
+        "--poll-batch", "-C", "--cpu-mask", "-Cr", "--cpu-range", "-cram", "--cache-ram", "--cache-reuse",
+        "--path", "--fit", "--fit-ctx", "--fit-target", "-dt", "--defrag-thold", "--slot-save-interval",
         "--mmproj", "--mmproj-url", "--media-path", "--models-dir", "--models-max", "--models-preset",
         "--sleep-idle-seconds", "--reasoning-budget-message", "--dry-sequence-breaker", "--adaptive-target",
         "--adaptive-decay", "-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "--grp-attn-n", "--grp-attn-w", "-gan", "-gaw", "--chat-template-tool-use", "--tools",
@@ -381,7 +400,7 @@ const FLAGS: &[Flag] = &[
     flag(&["-md", "--model-draft", "--spec-draft-model", "--draft", "--draft-n", "--draft-max", "--draft-min", "--draft-p-min",
         "--spec-type", "--spec-draft-n-max", "--spec-draft-n-min", "--lora", "--lora-scaled", "--control-vector",
         "--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx", "--yarn-ext-factor",
-        "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast", "--override-kv", "--ssl-key-file", "--ssl-cert-file"], Text, "", "", not_here),
+        "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast", "--override-kv"], Text, "", "", not_here),
 ];
 
 /// Flags that would change what the model computes or what the wire carries, which we cannot do.
@@ -490,6 +509,9 @@ impl Args {
         {
             std::fs::create_dir_all(dir)
                 .with_context(|| format!("--slot-save-path {}", dir.display()))?;
+        }
+        if self.ssl_key_file.is_some() != self.ssl_cert_file.is_some() {
+            bail!("--ssl-key-file and --ssl-cert-file: one needs the other");
         }
         if self.hosts.is_empty() {
             bail!("--host: no address given");

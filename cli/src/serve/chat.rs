@@ -6,7 +6,7 @@ use super::fields::{self, get, wrong};
 use super::generate::{self, Generation};
 use super::output::{Format, THOUGHTS, ToolFormat};
 use super::prompt::NO_IMAGES;
-use mneme_engine::chat::{Error as TemplateError, RenderInput};
+use mneme_engine::chat::{Error as TemplateError, RenderInput, strftime};
 use mneme_engine::grammar::Grammar;
 use serde_json::{Map, Value, json};
 
@@ -151,17 +151,26 @@ pub fn render(app: &App, body: &Value) -> ApiResult<Rendered> {
     }
     match kwargs.get("enable_thinking") {
         Some(Value::Bool(b)) => thinks = Some(*b),
+        // Templates that ask whether to think are told, as llama.cpp tells them: some take silence for no.
         Some(Value::Null) | None => {
-            if let Some(thinks) = thinks {
-                kwargs.insert("enable_thinking".into(), thinks.into());
-            }
+            kwargs.insert("enable_thinking".into(), thinks.unwrap_or(true).into());
         }
         Some(other) => return Err(wrong("enable_thinking", "true or false", other)),
+    }
+    // Today's date under the names that templates read it by.
+    for (name, format) in [("date_string", "%d %b %Y"), ("datetime", "%b %d %Y")] {
+        if !kwargs.contains_key(name) {
+            kwargs.insert(name.into(), strftime(format, super::app::now()).into());
+        }
     }
     let template = match (&app.tool_template, tools.is_empty()) {
         (Some(template), false) => template,
         _ => &app.template,
     };
+    // FireFunction's template fails without it.
+    if template.source().contains("functions") {
+        kwargs.entry("functions").or_insert("".into());
+    }
     if !tools.is_empty() && !template.caps().supports_tools {
         describe_tools(&mut messages, &tools);
     }
@@ -241,11 +250,14 @@ pub fn render(app: &App, body: &Value) -> ApiResult<Rendered> {
     })
 }
 
-/// Text of a message's content, parts put together without anything between them.
+/// Text of a message's content, an empty line between its parts.
 fn joined(content: &Value) -> String {
     match content {
         Value::String(text) => text.clone(),
-        Value::Array(parts) => parts.iter().filter_map(|p| p["text"].as_str()).collect(),
+        Value::Array(parts) => {
+            let texts: Vec<&str> = parts.iter().filter_map(|p| p["text"].as_str()).collect();
+            texts.join("\n\n")
+        }
         _ => String::new(),
     }
 }

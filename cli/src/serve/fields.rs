@@ -242,7 +242,7 @@ pub struct Settings(pub Map<String, Value>);
 
 impl Settings {
     /// Reads the settings of `body`; `defaults` (same names) stand in for what it leaves out.
-    /// The server's `n_predict` is also the most a request may ask for.
+    /// A request's `n_predict` of -1 means the server's.
     pub fn read(
         body: &Value,
         defaults: &Map<String, Value>,
@@ -276,7 +276,7 @@ impl Settings {
             .unwrap_or(-1);
         if let Some(n) = out["n_predict"].as_i64()
             && most >= 0
-            && (n < 0 || n > most)
+            && n < 0
         {
             out.insert("n_predict".into(), most.into());
         }

@@ -6,12 +6,13 @@ use super::fields::{self, Settings};
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use mneme_engine::embed::Pooling;
 use mneme_engine::grammar::Grammar;
 use mneme_engine::memory::Stats;
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::sampler::SamplerParams;
 use mneme_engine::scheduler::{
-    Event, Finished, Head, Job, Params, Piece, Stop, Timings, TokenProbs,
+    Embedded, Event, Finished, Head, Job, Params, Piece, Stop, Timings, TokenProbs,
 };
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -31,6 +32,8 @@ pub struct Generation {
     pub preserved: Vec<u32>,
     /// Memory asked for.
     pub memory: Option<MemorySpec>,
+    /// Embeddings are wanted instead of answers.
+    pub embed: Option<Pooling>,
 }
 
 impl Generation {
@@ -50,12 +53,20 @@ impl Generation {
             prompts: Vec::new(),
             preserved: Vec::new(),
             memory: app.memory_of(body)?,
+            embed: None,
         })
     }
 
     /// Answers per prompt.
     pub fn n(&self) -> usize {
         self.settings.int("n_cmpl").max(1) as usize
+    }
+
+    /// `timings` of an answer. The memory is part of them when the request named one or it is not
+    /// the plain one: llama.cpp's own `timings` hold nothing but numbers.
+    pub fn timings(&self, answer: &Finished) -> Value {
+        let shown = self.memory.is_some() || answer.memory.name != "full";
+        timings(&answer.timings, shown.then_some(&answer.memory))
     }
 
     fn params(&self, nth: usize) -> ApiResult<Params> {
@@ -99,7 +110,7 @@ impl Generation {
         let n = self.n();
         let full = self.memory.as_ref().unwrap_or(&app.memory).name == "full";
         for prompt in &self.prompts {
-            if full && prompt.len() >= app.n_ctx {
+            if full && prompt.len() + usize::from(self.embed.is_none()) > app.n_ctx {
                 return Err(mneme_engine::scheduler::Failure::Context {
                     n_prompt: prompt.len(),
                     n_ctx: app.n_ctx,
@@ -127,6 +138,7 @@ impl Generation {
                     // Nobody listens any more: the flag tells the scheduler.
                     let _ = tx.send((index, event));
                 }),
+                embed: self.embed,
                 children: Vec::new(),
             })
         };
@@ -292,6 +304,22 @@ impl Answers {
     }
 }
 
+impl Answers {
+    /// All embeddings, in order.
+    pub async fn all_embedded(mut self) -> ApiResult<Vec<Embedded>> {
+        let mut done: Vec<Option<Embedded>> = (0..self.n).map(|_| None).collect();
+        for _ in 0..self.n {
+            match self.next().await {
+                Some((i, Event::Embedded(embedded))) => done[i] = Some(embedded),
+                Some((_, Event::Failed(failure))) => return Err(failure.into()),
+                Some(_) => return Err(ApiError::server("an answer came instead of an embedding")),
+                None => return Err(ApiError::unavailable("the server is shutting down")),
+            }
+        }
+        Ok(done.into_iter().flatten().collect())
+    }
+}
+
 /// How one of the APIs writes answers down.
 pub trait Protocol: Send + 'static {
     /// The whole reply.
@@ -425,6 +453,8 @@ impl<P: Protocol> StreamState<P> {
                     self.left = 0;
                     data(&ApiError::from(failure).body())
                 }
+                // Only those who ask for embeddings get them.
+                Some((_, Event::Embedded(_))) => String::new(),
                 None => {
                     self.left = 0;
                     data(&ApiError::unavailable("the server is shutting down").body())
@@ -446,6 +476,22 @@ fn rate(n: usize, d: Duration) -> f64 {
         s if s > 0.0 => n as f64 / s,
         _ => 0.0,
     }
+}
+
+/// `timings` of a prompt that is being read.
+pub fn progress_timings(head: &Head) -> Value {
+    let n_prompt = head.n_processed - head.n_cached;
+    let prompt = match n_prompt {
+        0 => Duration::ZERO,
+        _ => head.elapsed,
+    };
+    let read = Timings {
+        n_cached: head.n_cached,
+        n_prompt,
+        prompt,
+        ..Timings::default()
+    };
+    timings(&read, None)
 }
 
 /// `timings` of a reply.

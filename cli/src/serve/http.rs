@@ -21,6 +21,10 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, watch};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::{self, ServerConfig};
 
 /// Connections served at a time; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 4096;
@@ -56,8 +60,8 @@ impl Front {
 
 /// A socket that is open.
 pub enum Socket {
-    /// An address.
-    Tcp(TcpListener),
+    /// An address, and the certificate to show there.
+    Tcp(TcpListener, Option<TlsAcceptor>),
     /// A path, removed at the end.
     Unix(UnixListener, PathBuf),
 }
@@ -66,7 +70,8 @@ impl Socket {
     /// Where clients reach it.
     pub fn address(&self) -> String {
         match self {
-            Socket::Tcp(listener) => match listener.local_addr() {
+            Socket::Tcp(listener, tls) => match listener.local_addr() {
+                Ok(address) if tls.is_some() => format!("https://{address}"),
                 Ok(address) => format!("http://{address}"),
                 Err(e) => e.to_string(),
             },
@@ -75,8 +80,31 @@ impl Socket {
     }
 }
 
+/// Reads the certificate and its key, when the flags name them.
+fn tls(args: &Args) -> Result<Option<TlsAcceptor>> {
+    let (Some(key_file), Some(cert_file)) = (&args.ssl_key_file, &args.ssl_cert_file) else {
+        return Ok(None);
+    };
+    let cert = || format!("--ssl-cert-file {}", cert_file.display());
+    let chain = CertificateDer::pem_file_iter(cert_file)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .with_context(cert)?;
+    anyhow::ensure!(!chain.is_empty(), "{}: no certificate in it", cert());
+    let key = PrivateKeyDer::from_pem_file(key_file)
+        .with_context(|| format!("--ssl-key-file {}", key_file.display()))?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .with_context(|| format!("{} and its key", cert()))?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(Some(TlsAcceptor::from(Arc::new(config))))
+}
+
 /// Opens every socket of the flags.
 pub async fn bind(args: &Args) -> Result<Vec<Socket>> {
+    let tls = tls(args)?;
     let mut out = Vec::new();
     for host in &args.hosts {
         if host.ends_with(".sock") {
@@ -97,7 +125,7 @@ pub async fn bind(args: &Args) -> Result<Vec<Socket>> {
             let address = (host.trim_matches(['[', ']']), args.port);
             let listener = TcpListener::bind(address).await;
             let listener = listener.with_context(|| format!("{host}:{}", args.port))?;
-            out.push(Socket::Tcp(listener));
+            out.push(Socket::Tcp(listener, tls.clone()));
         }
     }
     Ok(out)
@@ -329,7 +357,7 @@ pub async fn serve(sockets: Vec<Socket>, router: Router, mut stop: watch::Receiv
     for socket in sockets {
         let (router, room, stop) = (router.clone(), Arc::clone(&room), stop.clone());
         accepting.push(match socket {
-            Socket::Tcp(listener) => tokio::spawn(async move {
+            Socket::Tcp(listener, tls) => tokio::spawn(async move {
                 loop {
                     let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
                         return;
@@ -338,7 +366,24 @@ pub async fn serve(sockets: Vec<Socket>, router: Router, mut stop: watch::Receiv
                         Ok((stream, _)) => {
                             // Tokens are small and must not wait for more.
                             let _ = stream.set_nodelay(true);
-                            connection(stream, &router, permit, stop.clone());
+                            match &tls {
+                                None => connection(stream, &router, permit, stop.clone()),
+                                Some(tls) => {
+                                    let (router, stop) = (router.clone(), stop.clone());
+                                    let shaking = tls.accept(stream);
+                                    tokio::spawn(async move {
+                                        let shaken =
+                                            tokio::time::timeout(HEAD_TIMEOUT, shaking).await;
+                                        match shaken {
+                                            Ok(Ok(stream)) => {
+                                                connection(stream, &router, permit, stop);
+                                            }
+                                            Ok(Err(e)) => tracing::debug!("handshake: {e}"),
+                                            Err(_) => tracing::debug!("handshake: too slow"),
+                                        }
+                                    });
+                                }
+                            }
                         }
                         Err(e) => pause_after(&e).await,
                     }
@@ -389,6 +434,8 @@ fn connection(
         let mut http = hyper::server::conn::http1::Builder::new();
         http.timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
+            // Names are the same in any case, but not to every client.
+            .title_case_headers(true)
             .max_buf_size(64 << 10);
         let connection = http.serve_connection(TokioIo::new(stream), service);
         let mut connection = std::pin::pin!(connection);

@@ -8,6 +8,7 @@ mod anthropic;
 mod app;
 mod args;
 mod chat;
+mod embed;
 mod errors;
 mod fields;
 mod generate;
@@ -27,6 +28,7 @@ use anyhow::{Context, Result, bail};
 use app::App;
 use http::Front;
 use mneme_engine::chat::{ChatTemplate, NAMED_TEMPLATES};
+use mneme_engine::embed::{Classifier, Pooling};
 use mneme_engine::ops::Cpu;
 use mneme_engine::scheduler::{Command, Handle, Options, Scheduler};
 use mneme_engine::{Engine, LoadOptions, Model, SequenceOptions};
@@ -197,6 +199,18 @@ fn load(args: args::Args, path: &std::path::Path) -> Result<(App, std::thread::J
     // Broken server-wide defaults are found now, not by the first client.
     fields::Settings::read(&serde_json::json!({}), &args.defaults, &model.tokenizer)
         .map_err(|e| anyhow::anyhow!(e.message))?;
+    let classifier = Classifier::of_model(&model.weights)?;
+    let pooling = match (args.reranking, args.pooling) {
+        (true, _) => Pooling::Rank,
+        (false, Some(pooling)) => pooling,
+        (false, None) => Pooling::of_model(model.gguf(), model.hparams())?.unwrap_or(Pooling::Last),
+    };
+    if pooling == Pooling::Rank && args.embeddings && classifier.is_none() {
+        bail!(
+            "--reranking: {} has no classifier (tensor `cls.output.weight`)",
+            path.display()
+        );
+    }
     let app = App {
         args,
         model,
@@ -206,6 +220,8 @@ fn load(args: args::Args, path: &std::path::Path) -> Result<(App, std::thread::J
         n_slots,
         n_ctx,
         memory,
+        pooling,
+        classifier,
         started: app::now(),
         grammar_vocab: std::sync::OnceLock::new(),
         scraped: Mutex::default(),

@@ -53,7 +53,7 @@ pub fn final_object(app: &App, generation: &Generation, index: usize, answer: &F
         "stop_type": stop_type,
         "stopping_word": word,
         "tokens_cached": answer.n_past,
-        "timings": generate::timings(&answer.timings, Some(&answer.memory)),
+        "timings": generation.timings(answer),
     });
     if !streams && settings.int("n_probs") > 0 {
         let post = settings.is("post_sampling_probs");
@@ -89,7 +89,7 @@ impl Protocol for Native {
     }
 
     fn progress(&mut self, index: usize, head: Head) -> String {
-        data(&json!({
+        let mut out = json!({
             "index": index,
             "content": "",
             "tokens": [],
@@ -98,7 +98,11 @@ impl Protocol for Native {
             "tokens_predicted": 0,
             "tokens_evaluated": head.n_prompt,
             "prompt_progress": generate::progress_json(&head),
-        }))
+        });
+        if self.is("timings_per_token") {
+            out["timings"] = generate::progress_timings(&head);
+        }
+        data(&out)
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> String {
@@ -307,26 +311,6 @@ pub async fn set_lora(_: Arc<App>, call: Call) -> ApiResult<Response> {
         Some(all) if all.is_empty() => Ok(json_reply(&json!({"success": true}))),
         Some(_) => Err(ApiError::invalid("no LoRA adapter is loaded")),
     }
-}
-
-/// POST /embedding and its kin
-pub async fn embeddings(app: Arc<App>, call: Call) -> ApiResult<Response> {
-    call.json()?;
-    Err(ApiError::unsupported(match app.args.embeddings {
-        false => "This server does not support embeddings. Start it with `--embeddings`",
-        true => {
-            "This server does not support embeddings: the engine gives logits, not hidden states"
-        }
-    }))
-}
-
-/// POST /rerank and its kin
-pub async fn rerank(app: Arc<App>, call: Call) -> ApiResult<Response> {
-    call.json()?;
-    Err(ApiError::unsupported(match app.args.reranking {
-        false => "This server does not support reranking. Start it with `--reranking`",
-        true => "This server does not support reranking: it has no models with a classifier head",
-    }))
 }
 
 #[cfg(test)]

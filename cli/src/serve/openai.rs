@@ -116,7 +116,7 @@ impl Common {
     }
 
     fn timings(&self, answer: &Finished) -> Value {
-        generate::timings(&answer.timings, Some(&answer.memory))
+        self.generation.timings(answer)
     }
 
     fn wants_probs(&self) -> bool {
@@ -173,6 +173,9 @@ impl Protocol for Completion {
         let choice = self.choice(index, "", Value::Null, None);
         let mut out = self.0.object("text_completion", json!([choice]));
         out["prompt_progress"] = progress_json(&head);
+        if self.0.per_token() {
+            out["timings"] = generate::progress_timings(&head);
+        }
         data(&out)
     }
 
@@ -341,6 +344,9 @@ impl Protocol for ChatCompletion {
         let role = json!({"role": "assistant", "content": null});
         let mut chunk = self.chunk(index, role, None);
         chunk["prompt_progress"] = progress_json(&head);
+        if self.common.per_token() {
+            chunk["timings"] = generate::progress_timings(&head);
+        }
         data(&chunk)
     }
 

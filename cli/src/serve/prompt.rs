@@ -23,14 +23,15 @@ pub fn prompts(app: &App, name: &str, value: &Value) -> ApiResult<Vec<Vec<u32>>>
 }
 
 /// One prompt: text, token ids, both mixed, or an object around a text.
-fn prompt(app: &App, name: &str, value: &Value) -> ApiResult<Vec<u32>> {
+pub fn prompt(app: &App, name: &str, value: &Value) -> ApiResult<Vec<u32>> {
     match value {
         Value::String(text) => Ok(app.encode(text)),
         Value::Array(parts) => mixed(app, name, parts),
         Value::Object(_) => {
-            let media = get(value, "multimodal_data").and_then(Value::as_array);
-            if media.is_some_and(|m| !m.is_empty()) {
-                return Err(ApiError::server(NO_IMAGES));
+            match get(value, "multimodal_data") {
+                None => {}
+                Some(Value::Array(media)) if media.is_empty() => {}
+                Some(_) => return Err(ApiError::server(NO_IMAGES)),
             }
             match value.get("prompt_string") {
                 Some(Value::String(text)) => Ok(app.encode(text)),

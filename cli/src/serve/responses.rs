@@ -433,7 +433,7 @@ impl Protocol for Responses {
         let usage = Self::usage(answer.n_prompt, &answer.timings);
         // A client that waits for the end waits for `response.completed`.
         let response = self.object("completed", &done, usage);
-        let timings = generate::timings(&answer.timings, Some(&answer.memory));
+        let timings = self.generation.timings(&answer);
         out += &self.event(
             "response.completed",
             json!({ "response": response }),

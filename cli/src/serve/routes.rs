@@ -3,7 +3,7 @@
 use super::app::App;
 use super::errors::{ApiError, ApiResult};
 use super::generate::json_reply;
-use super::{anthropic, metrics, native, openai, openapi, responses, slots, ui};
+use super::{anthropic, embed, metrics, native, openai, openapi, responses, slots, ui};
 use axum::body::Bytes;
 use axum::response::Response;
 use futures::future::BoxFuture;
@@ -97,8 +97,9 @@ pub const ROUTES: &[Route] = routes! {
     "POST" ["/v1/responses/input_tokens", "/responses/input_tokens"] Json, false, responses::tokens, "Tokens of a Responses request's prompt";
     "POST" ["/v1/messages"] Generation(&["messages", "model", "system", "stop_sequences", "tools", "tool_choice", "thinking"]), false, anthropic::messages, "Anthropic Messages";
     "POST" ["/v1/messages/count_tokens"] Json, false, anthropic::count_tokens, "Tokens of a Messages request's prompt";
-    "POST" ["/v1/embeddings", "/embeddings", "/embedding"] Json, false, native::embeddings, "Embeddings; not available, answers 501";
-    "POST" ["/v1/rerank", "/rerank", "/v1/reranking", "/reranking"] Json, false, native::rerank, "Reranking; not available, answers 501";
+    "POST" ["/v1/embeddings"] Json, false, embed::openai, "OpenAI embeddings; needs --embeddings";
+    "POST" ["/embedding", "/embeddings"] Json, false, embed::native, "Embeddings; needs --embeddings";
+    "POST" ["/v1/rerank", "/rerank", "/v1/reranking", "/reranking"] Json, false, embed::rerank, "Documents in order of relevance; needs --reranking";
     "GET" ["/slots"] Nothing, false, slots::list, "What every slot does";
     "GET" ["/slots/{id}/memory"] Nothing, false, slots::memory, "A slot's memory: numbers, and nodes with their spans; ?text adds the text";
     "POST" ["/slots/{id}"] Json, false, slots::act, "?action=save, restore or erase; needs --slot-save-path";

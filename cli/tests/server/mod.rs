@@ -116,7 +116,8 @@ impl Server {
             let n = stderr.read_line(&mut line).expect("stderr is text");
             assert!(n > 0, "the server ended without a socket");
             if let Some(at) = line.trim().strip_prefix("listening on ") {
-                break at.trim_start_matches("http://").to_owned();
+                let (_, address) = at.split_once("://").unwrap_or(("", at));
+                break address.to_owned();
             }
         };
         // What it says later must not fill the pipe.

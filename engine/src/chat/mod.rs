@@ -24,6 +24,7 @@ use crate::gguf::{self, Gguf};
 
 pub use caps::Caps;
 pub use named::NAMED_TEMPLATES;
+pub use python::strftime;
 
 /// Most steps of the template engine in one rendering; a prompt of 1000 messages takes some hundred thousand.
 const FUEL: u64 = 20_000_000;

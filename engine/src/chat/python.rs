@@ -300,7 +300,7 @@ const DAYS: [&str; 7] = [
 ];
 
 /// `strftime` in UTC for `unix` seconds since 1970. Knows the directives templates use; others are kept as written.
-pub(super) fn strftime(format: &str, unix: u64) -> String {
+pub fn strftime(format: &str, unix: u64) -> String {
     let (days, seconds) = (unix / 86400, unix % 86400);
     let (year, month, day) = civil(days as i64);
     let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);

@@ -46,6 +46,8 @@ pub struct Pass<'a> {
     pub rows: Rows,
     /// Rows that are still computed: all, then those whose logits are wanted.
     n: usize,
+    /// Whether the pass ends with hidden states in `s.h` instead of logits.
+    pub hidden: bool,
     memories: Vec<&'a mut (dyn Memory + 'static)>,
 }
 
@@ -61,10 +63,7 @@ impl<'a> Pass<'a> {
         out_rows: Vec<usize>,
     ) -> Result<Pass<'a>> {
         let hp = &w.hparams;
-        let mut rows = Rows {
-            out: out_rows,
-            ..Rows::default()
-        };
+        let mut rows = Rows::new(out_rows);
         let mut memories = Vec::with_capacity(sequences.len());
         let mut plans = Vec::with_capacity(sequences.len());
         for (memory, plan) in sequences {
@@ -145,6 +144,7 @@ impl<'a> Pass<'a> {
             s,
             rows,
             n,
+            hidden: false,
             memories,
         })
     }
@@ -227,7 +227,8 @@ impl<'a> Pass<'a> {
         self.ops.add(&mut s.x, &s.h);
     }
 
-    /// Last norm and head: logits of the wanted rows into `s.logits`.
+    /// Last norm and head: logits of the wanted rows into `s.logits`, or their normed hidden states
+    /// left in `s.h`.
     pub fn head(&mut self) {
         let hp = &self.w.hparams;
         let n = self.n();
@@ -237,6 +238,9 @@ impl<'a> Pass<'a> {
         }
         self.ops
             .rms_norm(&s.x, &self.w.output_norm, hp.rms_eps, &mut s.h);
+        if self.hidden {
+            return;
+        }
         self.ops
             .mul_mat(&s.h, 0..n, &mut [(&self.w.output, &mut s.logits)]);
     }

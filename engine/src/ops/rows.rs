@@ -54,6 +54,14 @@ impl Part {
 }
 
 impl Rows {
+    /// No rows yet, of which `out` will be wanted.
+    pub fn new(out: Vec<usize>) -> Rows {
+        Rows {
+            out,
+            ..Rows::default()
+        }
+    }
+
     /// Number of rows.
     pub fn n(&self) -> usize {
         self.pos.len()

@@ -1,5 +1,6 @@
 //! What goes into the scheduler and what comes out.
 
+use crate::embed::Pooling;
 use crate::grammar::Grammar;
 use crate::memory::Stats;
 use crate::memory::spec::MemorySpec;
@@ -57,6 +58,8 @@ pub struct Job {
     pub cancelled: Arc<AtomicBool>,
     /// Where events go.
     pub events: Box<dyn FnMut(Event) + Send>,
+    /// The prompt's embedding is wanted, not an answer.
+    pub embed: Option<Pooling>,
     /// Requests with the same prompt that are answered beside this one; the prompt is read once.
     pub children: Vec<Job>,
 }
@@ -105,6 +108,8 @@ pub enum Event {
     Piece(Piece),
     /// The answer is complete.
     Finished(Box<Finished>),
+    /// The embedding is complete.
+    Embedded(Embedded),
     /// There will be no (more) answer.
     Failed(Failure),
 }
@@ -190,6 +195,15 @@ pub struct Finished {
     pub timings: Timings,
     /// The slot's memory.
     pub memory: Stats,
+}
+
+/// An embedding, neither scaled nor scored.
+#[derive(Clone, Debug)]
+pub struct Embedded {
+    /// One vector of `n_embd`, or one per token when they are not pooled.
+    pub vectors: Vec<Vec<f32>>,
+    /// Tokens of the text.
+    pub n_prompt: usize,
 }
 
 /// Why there is no answer.

@@ -14,7 +14,9 @@ mod probs;
 mod slot;
 mod text;
 
-pub use job::{Event, Failure, Finished, Head, Job, Params, Piece, Stop, Timings, TokenProbs};
+pub use job::{
+    Embedded, Event, Failure, Finished, Head, Job, Params, Piece, Stop, Timings, TokenProbs,
+};
 pub use text::Answer;
 
 use crate::engine::{Engine, Sequence, SequenceOptions};

@@ -3,7 +3,7 @@
 use super::job::{Event, Failure, Job, Stop};
 use super::slot::{Next, Task};
 use super::{Scheduler, Waiting};
-use crate::engine::{Feed, Sequence, Want};
+use crate::engine::{Feed, Sequence};
 use crate::error::{Error, Result};
 use crate::sampler::Sampler;
 use std::sync::atomic::Ordering;
@@ -67,7 +67,8 @@ impl Scheduler {
             return job.refuse(Failure::Invalid("the prompt is empty".into()));
         }
         let spec = job.memory.as_ref().unwrap_or(&self.options.memory).clone();
-        if spec.name == "full" && n_prompt >= n_ctx {
+        // An answer needs room for a token; an embedding does not.
+        if spec.name == "full" && n_prompt + usize::from(job.embed.is_none()) > n_ctx {
             return job.refuse(Failure::Context { n_prompt, n_ctx });
         }
         let sampler = match Sampler::new(&job.params.sampler, &self.engine.model.tokenizer) {
@@ -86,7 +87,8 @@ impl Scheduler {
         };
         let slot = &mut self.slots[id];
         slot.used = true;
-        let mut task = Task::new(job, held, sampler);
+        let n_embd = self.engine.model.hparams().n_embd;
+        let mut task = Task::new(job, held, n_embd, sampler);
         task.marks = marks;
         self.totals.prompt_cached += held as u64;
         if task.job.params.progress {
@@ -109,7 +111,9 @@ impl Scheduler {
     ) -> Result<(usize, Vec<usize>)> {
         let most = job.prompt.len() - 1;
         let same_kind = self.slots[id].seq.spec().text == spec.text;
-        if !job.params.cache_prompt || !same_kind {
+        // Hidden states of tokens that are known already cannot be had again.
+        let again = job.embed.is_some_and(|pooling| pooling.needs_all());
+        if !job.params.cache_prompt || !same_kind || again {
             if !same_kind || self.slots[id].seq.n_past() > 0 {
                 self.slots[id].seq = self.engine.sequence(spec, self.options.sequence)?;
             }
@@ -243,7 +247,8 @@ impl Scheduler {
         true
     }
 
-    /// Feeds the shares. Returns the prompt rows among them and the logits of every slot.
+    /// Feeds the shares. Returns the prompt rows among them and what every slot wanted: logits, or
+    /// hidden states for an embedding.
     fn step(&mut self, shares: &[usize]) -> (usize, Vec<Result<Vec<f32>>>) {
         let mut feeds = Vec::new();
         let mut owners = Vec::new();
@@ -252,7 +257,6 @@ impl Scheduler {
             let Some(task) = slot.task.as_ref().filter(|_| share > 0) else {
                 continue;
             };
-            let last = share == task.n_left();
             if !task.is_writing() {
                 rows += share;
             }
@@ -260,7 +264,7 @@ impl Scheduler {
             feeds.push(Feed {
                 seq: &mut slot.seq,
                 tokens: &task.pending[task.fed..task.fed + share],
-                want: if last { Want::Last } else { Want::None },
+                want: task.want(share),
             });
         }
         let mut results: Vec<Result<Vec<f32>>> = shares.iter().map(|_| Ok(Vec::new())).collect();
@@ -302,7 +306,12 @@ impl Scheduler {
                     }
                 }
                 self.totals.n_tokens_max = self.totals.n_tokens_max.max(slot.seq.n_past());
-                if task.n_left() == 0 {
+                if let Some(pooler) = &mut task.pooler {
+                    pooler.push(&logits);
+                    if task.n_left() == 0 {
+                        self.finish_embedding(id);
+                    }
+                } else if task.n_left() == 0 {
                     self.answer(id, logits);
                 }
             }
@@ -388,6 +397,18 @@ impl Scheduler {
         self.totals.prompt_seconds += timings.prompt.as_secs_f64();
         self.totals.predicted_tokens += timings.n_predicted as u64;
         self.totals.predicted_seconds += timings.predicted.as_secs_f64();
+    }
+
+    fn finish_embedding(&mut self, id: usize) {
+        let slot = &mut self.slots[id];
+        let Some(task) = slot.task.take() else {
+            return;
+        };
+        let (timings, view) = task.finish_embedding();
+        self.clock += 1;
+        slot.last_used = self.clock;
+        slot.last = Some(view);
+        self.totals.prompt_seconds += timings.prompt.as_secs_f64();
     }
 
     fn fail(&mut self, id: usize, failure: Failure) {

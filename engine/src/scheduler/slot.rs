@@ -1,9 +1,10 @@
 //! One slot: a sequence and the request that is working on it.
 
-use super::job::{Event, Failure, Finished, Head, Job, Piece, Stop, Timings, TokenProbs};
+use super::job::{Embedded, Event, Failure, Finished, Head, Job, Piece, Stop, Timings, TokenProbs};
 use super::text::Answer;
 use super::{SlotView, TaskView, probs};
-use crate::engine::{Model, Sequence};
+use crate::embed::Pooler;
+use crate::engine::{Model, Sequence, Want};
 use crate::error::Result;
 use crate::grammar::Grammar;
 use crate::sampler::Sampler;
@@ -66,6 +67,8 @@ pub(super) struct Task {
     pub marks: Vec<usize>,
     pub n_cached: usize,
     pub truncated: bool,
+    /// Takes hidden states when an embedding is wanted.
+    pub pooler: Option<Pooler>,
     sampler: Sampler,
     grammar: Option<Grammar>,
     answer: Answer,
@@ -94,7 +97,7 @@ pub(super) enum Next {
 
 impl Task {
     /// A task whose prompt is in the sequence up to `n_cached`.
-    pub fn new(mut job: Job, n_cached: usize, sampler: Sampler) -> Task {
+    pub fn new(mut job: Job, n_cached: usize, n_embd: usize, sampler: Sampler) -> Task {
         let now = Instant::now();
         let mut task = Task {
             pending: job.prompt[n_cached..].to_vec(),
@@ -102,6 +105,7 @@ impl Task {
             marks: Vec::new(),
             n_cached,
             truncated: false,
+            pooler: job.embed.map(|pooling| Pooler::new(pooling, n_embd)),
             sampler,
             grammar: job.params.grammar.take(),
             answer: Answer::new(job.params.stop.clone()),
@@ -130,6 +134,16 @@ impl Task {
     /// Whether it writes: nothing but its last token is to be fed.
     pub fn is_writing(&self) -> bool {
         self.n_decoded > 0 && self.n_left() == 1
+    }
+
+    /// What a feed of its next `share` tokens is to return.
+    pub fn want(&self, share: usize) -> Want {
+        let last = share == self.n_left();
+        match &self.pooler {
+            Some(pooler) if last || pooler.pooling().needs_all() => Want::Hidden,
+            None if last => Want::Last,
+            _ => Want::None,
+        }
     }
 
     /// Whether the prompt is still being read.
@@ -316,6 +330,20 @@ impl Task {
             ..self.view()
         };
         self.tell(Event::Finished(Box::new(finished)));
+        (timings, view)
+    }
+
+    /// Ends a task that wanted an embedding.
+    pub fn finish_embedding(mut self) -> (Timings, TaskView) {
+        self.last_token = Instant::now();
+        let timings = self.timings();
+        let view = TaskView {
+            n_remain: -1,
+            ..self.view()
+        };
+        let vectors = self.pooler.take().map_or(Vec::new(), Pooler::finish);
+        let n_prompt = self.job.prompt.len();
+        self.tell(Event::Embedded(Embedded { vectors, n_prompt }));
         (timings, view)
     }
 

@@ -3,7 +3,7 @@
 #![allow(dead_code)] // each test file uses its part
 
 use mneme_convert::ConvertOptions;
-use mneme_engine::ops::Cpu;
+use mneme_engine::ops::Ops;
 use mneme_engine::{LoadOptions, Model};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -41,7 +41,7 @@ pub fn names(prefixes: &[&str]) -> Vec<String> {
 }
 
 impl Fixture {
-    pub fn open(name: &str, ops: &Cpu) -> Fixture {
+    pub fn open(name: &str, ops: &dyn Ops) -> Fixture {
         let gguf = tempfile::tempdir().expect("a folder");
         let path = gguf.path().join("model.gguf");
         let options = ConvertOptions::new(dir().join(name), &path);

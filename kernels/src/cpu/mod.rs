@@ -19,7 +19,7 @@ use crate::attend::tile::PageKernels;
 use crate::cpu::mul_mat::{Panel, Scratch};
 use crate::dispatch::{Isa, available};
 use crate::mul_mat::activations::QuantizeRow;
-use crate::recur::HeadKernels;
+use crate::recur::{Chunked, HeadKernels};
 use crate::rope::RopeKind;
 
 /// `x` row, weights, eps, out row.
@@ -135,30 +135,30 @@ pub(crate) fn recur(isa: Isa) -> HeadKernels {
         #[cfg(target_arch = "x86_64")]
         Isa::Amx => HeadKernels {
             recurrent: avx512::recur::recurrent,
-            chunked: amx::recur::chunked,
+            chunked: Chunked::Heads(amx::recur::chunked, amx::recur::HEADS),
             chunked_from: 32,
         },
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => HeadKernels {
             recurrent: avx512::recur::recurrent,
-            chunked: avx512::recur::chunked,
+            chunked: Chunked::Head(avx512::recur::chunked),
             chunked_from: usize::MAX,
         },
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => HeadKernels {
             recurrent: avx2::recur::recurrent,
-            chunked: avx2::recur::chunked,
+            chunked: Chunked::Head(avx2::recur::chunked),
             chunked_from: usize::MAX,
         },
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => HeadKernels {
             recurrent: lanes::recur::recurrent,
-            chunked: lanes::recur::chunked,
+            chunked: Chunked::Head(lanes::recur::chunked),
             chunked_from: usize::MAX,
         },
         _ => HeadKernels {
             recurrent: scalar::recur::recur,
-            chunked: scalar::recur::recur,
+            chunked: Chunked::Head(scalar::recur::recur),
             chunked_from: usize::MAX,
         },
     }

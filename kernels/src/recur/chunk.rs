@@ -23,7 +23,7 @@ use std::cell::RefCell;
 const BLOCK: usize = 16;
 
 /// Log decay below which nothing is left; [`exp`] is zero there.
-const LEAST: f32 = -87.0;
+pub(crate) const LEAST: f32 = -87.0;
 
 /// A matrix product on F32 buffers: `c = a b`, or `c += a b`. `m`, `n` and `k` are multiples of
 /// 16, `k` of 32 where the operands allow; `a` is `[m, lda]`, `b` `[k, ldb]`, `c` `[m, ldc]`.

@@ -79,7 +79,8 @@ impl Card {
         self.epoch.load(Ordering::Relaxed)
     }
 
-    pub(super) fn moved(&self) {
+    /// Notes that something lies elsewhere now.
+    pub fn moved(&self) {
         self.epoch.fetch_add(1, Ordering::Relaxed);
     }
 

@@ -4,6 +4,7 @@
 //! 16 rows of 64 bytes.
 
 pub(crate) mod mul_mat;
+mod pairs;
 pub(crate) mod recur;
 
 /// What `ldtilecfg` reads: palette, bytes per row and rows of each tile.

@@ -1,0 +1,307 @@
+//! Whole models on a card against the same models on the host: an emulated card with the feature
+//! `cuda-host`, the first GPU with `cuda`. Without a GPU the tests say so and pass.
+
+#![cfg(feature = "on-card")]
+
+mod checkpoint;
+
+use checkpoint::{Fixture, worst};
+use mneme_engine::memory::spec::MemorySpec;
+use mneme_engine::ops::{Cpu, Cuda};
+use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
+use mneme_kernels::attend::KvType;
+use mneme_kernels::cuda::Device;
+
+/// Fixture and memory.
+const ROWS: &[(&str, &str)] = &[
+    ("qwen2-tiny", "full"),
+    ("qwen3-tiny", "full"),
+    ("llama-tiny", "full"),
+    ("qwen2-tiny-untied", "window:window=13,sinks=3"),
+    ("ahn-gdn-tiny", "ahn:window=16,sinks=4"),
+    ("ahn-dn-tiny", "ahn:window=11,sinks=0"),
+    ("ahn-mamba2-tiny", "ahn:window=7,sinks=2"),
+    ("ahn-gdn-qwen3", "ahn:window=16,sinks=4"),
+    ("nodes-linear", "nodes"),
+    ("nodes-linear", "nodes:position=compact,sinks=3"),
+    ("nodes-linear", "nodes:top_k=2"),
+    ("nodes-linear", "nodes:node_max=3,fanin=2,max=6"),
+    ("nodes-linear", "nodes:decider=entropy,sigma=0.5,max=12"),
+    ("nodes-llama", "nodes:window=3,sinks=2"),
+    ("nodes-skip", "nodes:sees=nodes"),
+    ("gist-qwen2", "gist"),
+];
+
+/// Largest difference beside the largest logit, with keys and values in F32 and in F16: the card
+/// multiplies in F16 with sums in F32.
+const TOLERANCE: f32 = 1e-2;
+
+/// Tokens of each test.
+const N: usize = 72;
+
+/// The same model on a card and on the host.
+struct Pair {
+    card: Engine,
+    host: Engine,
+    ids: Vec<u32>,
+    fixture: Fixture,
+    memory: &'static str,
+    options: SequenceOptions,
+}
+
+/// `None`, with words, where there is no card.
+fn card() -> Option<Cuda> {
+    if Device::count() == 0 {
+        println!("skipped: no GPU on this machine");
+        return None;
+    }
+    Some(Cuda::open(0, Cpu::new(1)).expect("the card opens"))
+}
+
+impl Pair {
+    fn new(name: &str, memory: &'static str, type_kv: KvType) -> Option<Pair> {
+        let (ops, host) = (card()?, Cpu::new(1));
+        let fixture = Fixture::open(name, &host);
+        let on_card = Fixture::open(name, &ops);
+        let ids = fixture.ids("input_ids");
+        Some(Pair {
+            card: Engine::new(on_card.model, ops, 64),
+            host: Engine::new(fixture.model.clone(), host, 64),
+            ids: ids[..ids.len().min(N)].to_vec(),
+            fixture,
+            memory,
+            options: SequenceOptions {
+                n_ctx: 0,
+                type_k: type_kv,
+                type_v: type_kv,
+            },
+        })
+    }
+
+    fn sequence(&self) -> Sequence {
+        let spec: MemorySpec = self.memory.parse().expect(self.memory);
+        self.card.sequence(&spec, self.options).expect(self.memory)
+    }
+
+    fn close(&self, got: &[f32], expected: &[f32], what: &str) {
+        let largest = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let off = worst(got, expected) / largest;
+        println!("{}, {}, {what}: {off:.1e}", self.fixture.name, self.memory);
+        assert!(
+            off < TOLERANCE,
+            "{}, {}, {what}: off by {off}",
+            self.fixture.name,
+            self.memory
+        );
+    }
+}
+
+fn feed(engine: &mut Engine, seq: &mut Sequence, tokens: &[u32]) -> Vec<f32> {
+    let want = Want::All;
+    let mut logits = engine
+        .step(&mut [Feed { seq, tokens, want }])
+        .expect("the tokens fit");
+    logits.remove(0)
+}
+
+/// Logits of all tokens: a prompt in chunks, then one at a time.
+fn run(
+    engine: &mut Engine,
+    seq: &mut Sequence,
+    ids: &[u32],
+    prompt: usize,
+    chunk: usize,
+) -> Vec<f32> {
+    let mut logits = Vec::new();
+    for ids in ids[..prompt].chunks(chunk) {
+        logits.extend(feed(engine, seq, ids));
+    }
+    for id in &ids[prompt..] {
+        logits.extend(feed(engine, seq, &[*id]));
+    }
+    logits
+}
+
+#[test]
+fn logits_are_those_of_the_host() {
+    for &(name, memory) in ROWS {
+        let Some(mut p) = Pair::new(name, memory, KvType::F32) else {
+            return;
+        };
+        let ids = p.ids.clone();
+        let prompt = ids.len() - 20;
+        let spec = memory.parse().expect(memory);
+        let mut theirs = p.host.sequence(&spec, p.options).expect(memory);
+        let mut mine = p.sequence();
+        let expected = run(&mut p.host, &mut theirs, &ids, prompt, 24);
+        let got = run(&mut p.card, &mut mine, &ids, prompt, 24);
+        p.close(&got, &expected, "logits");
+        let cuts = |seq: &Sequence| -> Vec<_> {
+            seq.nodes()
+                .iter()
+                .map(|n| (n.level, n.start, n.end))
+                .collect()
+        };
+        assert_eq!(cuts(&mine), cuts(&theirs), "{name}, {memory}");
+        assert_eq!(mine.stats(), theirs.stats(), "{name}, {memory}");
+    }
+}
+
+#[test]
+fn every_type_of_cells_works() {
+    for ty in [KvType::F16, KvType::BF16, KvType::Q8_0] {
+        let Some(mut p) = Pair::new("qwen2-k256", "window:window=30,sinks=2", ty) else {
+            return;
+        };
+        let ids = p.ids.clone();
+        let spec = p.memory.parse().expect("window");
+        let mut theirs = p.host.sequence(&spec, p.options).expect("window");
+        let mut mine = p.sequence();
+        let expected = run(&mut p.host, &mut theirs, &ids, 40, 40);
+        let got = run(&mut p.card, &mut mine, &ids, 40, 40);
+        p.close(&got, &expected, ty.name());
+    }
+}
+
+#[test]
+fn greedy_text_is_the_same() {
+    for name in ["qwen2-tiny", "qwen3-tiny", "llama-tiny"] {
+        let Some(mut p) = Pair::new(name, "full", KvType::F32) else {
+            return;
+        };
+        let n_vocab = p.host.model.hparams().n_vocab;
+        let mut seq = p.sequence();
+        let mut logits = feed(&mut p.card, &mut seq, &p.fixture.ids("greedy.prompt_ids"));
+        for &id in &p.fixture.ids("greedy.ids") {
+            let row = &logits[logits.len() - n_vocab..];
+            let best = (0..n_vocab).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+            assert_eq!(best, Some(id as usize), "{name}");
+            logits = feed(&mut p.card, &mut seq, &[id]);
+        }
+    }
+}
+
+/// However a prompt is cut, and whatever else is in the pass; the chunked recurrence rounds
+/// differently.
+#[test]
+fn chunks_and_neighbours_change_nothing() {
+    for (name, memory, exact) in [
+        ("qwen2-tiny", "full", true),
+        ("nodes-linear", "nodes:position=compact,sinks=3", true),
+        ("ahn-gdn-tiny", "ahn:window=16,sinks=4", false),
+    ] {
+        let Some(mut p) = Pair::new(name, memory, KvType::F16) else {
+            return;
+        };
+        let ids = p.ids[..40].to_vec();
+        let mut seq = p.sequence();
+        let expected = run(&mut p.card, &mut seq, &ids, 40, 40);
+        let same = |p: &Pair, got: &[f32], expected: &[f32], what: &str| match exact {
+            true => assert_eq!(worst(got, expected), 0.0, "{name}, {what}"),
+            false => p.close(got, expected, what),
+        };
+        for (prompt, chunk) in [(40, 7), (20, 20)] {
+            let mut seq = p.sequence();
+            let got = run(&mut p.card, &mut seq, &ids, prompt, chunk);
+            same(&p, &got, &expected, "chunks");
+        }
+        // Three sequences at different places, prompts and single tokens mixed.
+        let n_vocab = expected.len() / ids.len();
+        let mut seqs = [p.sequence(), p.sequence(), p.sequence()];
+        let (a, b, c) = (&ids[..30], &ids[..9], &ids[..1]);
+        let [x, y, z] = &mut seqs;
+        let want = Want::All;
+        let first = [(x, a), (y, b), (z, c)].map(|(seq, tokens)| Feed { seq, tokens, want });
+        let mut first = first;
+        let got = p.card.step(&mut first).expect("the tokens fit");
+        for (got, n) in got.iter().zip([30, 9, 1]) {
+            same(&p, got, &expected[..n * n_vocab], "neighbours");
+        }
+        for i in 0..4 {
+            let [x, y, z] = &mut seqs;
+            let mut next = [(x, 30), (y, 9), (z, 1)].map(|(seq, n)| Feed {
+                seq,
+                tokens: &ids[n + i..n + i + 1],
+                want,
+            });
+            let got = p.card.step(&mut next).expect("the tokens fit");
+            for (got, n) in got.iter().zip([30, 9, 1]) {
+                let row = (n + i) * n_vocab..(n + i + 1) * n_vocab;
+                same(&p, got, &expected[row], "neighbours, one token each");
+            }
+        }
+    }
+}
+
+#[test]
+fn sessions_forks_and_marks_are_exact() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for (i, (name, memory)) in [
+        ("qwen2-tiny", "full"),
+        ("qwen2-tiny", "window:window=13,sinks=3"),
+        ("ahn-gdn-tiny", "ahn:window=16,sinks=4"),
+        ("nodes-linear", "nodes:node_max=3,fanin=2,max=6"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let Some(mut p) = Pair::new(name, memory, KvType::F16) else {
+            return;
+        };
+        let ids = p.ids.clone();
+        let t = 40;
+        let mut seq = p.sequence();
+        run(&mut p.card, &mut seq, &ids[..t], t, 16);
+        let path = dir.path().join(i.to_string());
+        seq.save(&path, b"").expect("saved");
+        seq.mark();
+        let mut fork = seq.fork();
+        let expected = run(&mut p.card, &mut seq, &ids[t..], 8, 8);
+
+        let (mut again, _) = Sequence::load(&p.card.model, &path, 0).expect(memory);
+        let got = run(&mut p.card, &mut again, &ids[t..], 8, 8);
+        assert_eq!(worst(&got, &expected), 0.0, "{memory}: a session goes on");
+        assert_eq!(seq.truncate(t), t, "{memory}");
+        let got = run(&mut p.card, &mut seq, &ids[t..], 8, 8);
+        assert_eq!(worst(&got, &expected), 0.0, "{memory}: back to the mark");
+        let got = run(&mut p.card, &mut fork, &ids[t..], 8, 8);
+        assert_eq!(worst(&got, &expected), 0.0, "{memory}: a fork is its own");
+
+        // A session made on the card goes on on the host, and the other way round.
+        let (mut there, _) = Sequence::load(&p.host.model, &path, 0).expect(memory);
+        let theirs = run(&mut p.host, &mut there, &ids[t..], 8, 8);
+        p.close(&theirs, &expected, "a session of the card on the host");
+        let spec = memory.parse().expect(memory);
+        let mut there = p.host.sequence(&spec, p.options).expect(memory);
+        run(&mut p.host, &mut there, &ids[..t], t, 16);
+        there.save(&path, b"").expect("saved");
+        let (mut here, _) = Sequence::load(&p.card.model, &path, 0).expect(memory);
+        let got = run(&mut p.card, &mut here, &ids[t..], 8, 8);
+        p.close(&got, &expected, "a session of the host on the card");
+    }
+}
+
+#[test]
+fn a_refused_plan_changes_nothing() {
+    let Some(mut p) = Pair::new("qwen2-tiny", "full", KvType::F32) else {
+        return;
+    };
+    p.options.n_ctx = 30;
+    let ids = p.ids.clone();
+    let mut seq = p.sequence();
+    feed(&mut p.card, &mut seq, &ids[..20]);
+    let tokens = &ids[20..40];
+    let want = Want::Last;
+    let seq_ref = &mut seq;
+    let refused = p.card.step(&mut [Feed {
+        seq: seq_ref,
+        tokens,
+        want,
+    }]);
+    assert!(refused.is_err());
+    assert_eq!(seq.n_past(), 20);
+    let got = feed(&mut p.card, &mut seq, &ids[20..30]);
+    let mut all = p.sequence();
+    let expected = feed(&mut p.card, &mut all, &ids[..30]);
+    assert_eq!(worst(&got, &expected[expected.len() - got.len()..]), 0.0);
+}
