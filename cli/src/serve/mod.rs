@@ -5,8 +5,8 @@
 //! a row in [`args`], every generation field a row in [`fields`].
 
 mod anthropic;
-mod app;
-mod args;
+pub(crate) mod app;
+pub(crate) mod args;
 mod chat;
 mod embed;
 mod errors;
@@ -20,7 +20,7 @@ mod openapi;
 mod output;
 mod prompt;
 mod responses;
-mod routes;
+pub(crate) mod routes;
 mod slots;
 mod ui;
 
@@ -139,7 +139,10 @@ async fn watch_signals(stop: watch::Sender<bool>) {
 }
 
 /// Loads the model and starts the thread that runs it.
-fn load(args: args::Args, path: &std::path::Path) -> Result<(App, std::thread::JoinHandle<()>)> {
+pub(crate) fn load(
+    args: args::Args,
+    path: &std::path::Path,
+) -> Result<(App, std::thread::JoinHandle<()>)> {
     let n_threads = args
         .n_threads
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
