@@ -385,7 +385,7 @@ impl Engine {
             for feed in feeds {
                 feed.seq.memory.store_mut().unreserve();
             }
-            return Err(e);
+            return Err(e.into());
         }
         let outputs = match hidden {
             true => &self.scratch.h,
