@@ -357,6 +357,47 @@ fn memories_over_the_wire() {
 }
 
 #[test]
+fn dials_turn_without_reading_again() {
+    let server = Server::start("nodes-linear", &["-c", "2048", "-np", "1"]);
+    let first = "One thing. Another thing, and more of it! A third? ".repeat(6);
+    let ask = |prompt: &str| {
+        let body = json!({"prompt": prompt, "n_predict": 2, "temperature": 0, "ignore_eos": true});
+        server.post("/completion", &body).ok()
+    };
+    let before = ask(&first);
+    let n_before = before["timings"]["memory"]["nodes"]
+        .as_u64()
+        .expect("a number");
+    let set = server.post("/slots/0/memory", &json!({"tau": 1.0})).ok();
+    assert_eq!(set["stats"]["tau"], 1.0);
+    assert_eq!(set["stats"]["nodes"], n_before);
+    // What is known stays known; with tau 1 nothing is cut any more.
+    let whole = format!("{first}{}", "More of the same, and on it goes. ".repeat(12));
+    let after = ask(&whole);
+    assert!(after["timings"]["cache_n"].as_u64() > Some(0));
+    let n_after = after["timings"]["memory"]["nodes"]
+        .as_u64()
+        .expect("a number");
+    assert!(n_after <= n_before + 1, "{n_before} {n_after}");
+    // With tau 0 every token is.
+    server.post("/slots/0/memory", &json!({"tau": 0})).ok();
+    let cut = ask(&format!("{whole}And a few more words."));
+    assert!(cut["timings"]["memory"]["nodes"].as_u64() > Some(n_after + 2));
+    for (body, part) in [
+        (json!({"tau": 2}), "outside"),
+        (json!({"tau": "x"}), "tau"),
+        (json!({"what": 1}), "dial"),
+        (json!({}), "dials"),
+        (json!([1]), "dials"),
+    ] {
+        let message = server.post("/slots/0/memory", &body).error(400).1;
+        assert!(message.contains(part), "{message}");
+    }
+    let nobody = server.post("/slots/7/memory", &json!({"tau": 0.5}));
+    assert_eq!(nobody.error(400).1, "Invalid slot ID");
+}
+
+#[test]
 fn loading_signals_and_sockets() {
     // A model that is none: status 1.
     let dir = tempfile::tempdir().expect("a folder");

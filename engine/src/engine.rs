@@ -1,6 +1,6 @@
 //! The engine: a model, threads, and sequences that are stepped together.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FeedError, Result};
 use crate::gguf::Gguf;
 use crate::hparams::Hparams;
 use crate::memory::spec::MemorySpec;
@@ -243,18 +243,27 @@ pub struct Engine {
     n_ubatch: usize,
 }
 
-/// Rows of one pass unless told otherwise.
+/// Rows of one pass on the host unless told otherwise.
 pub const N_UBATCH: usize = 512;
+/// The same on a card, which small products leave idle.
+pub const N_UBATCH_CARD: usize = 2048;
 
 impl Engine {
-    /// An engine that runs `model` by the verbs it was loaded for, at most `n_ubatch` rows a pass.
+    /// An engine that runs `model` by the verbs it was loaded for, at most `n_ubatch` rows a pass;
+    /// 0 for what suits the device.
     pub fn new(model: Arc<Model>, ops: impl Into<Box<dyn Ops>>, n_ubatch: usize) -> Engine {
+        let ops = ops.into();
+        let n_ubatch = match n_ubatch {
+            0 if ops.device().is_host() => N_UBATCH,
+            0 => N_UBATCH_CARD,
+            n => n,
+        };
         Engine {
             model,
-            ops: ops.into(),
+            ops,
             scratch: Scratch::default(),
             logits: Vec::new(),
-            n_ubatch: n_ubatch.max(1),
+            n_ubatch,
         }
     }
 
@@ -278,14 +287,27 @@ impl Engine {
     /// anything changes; feeding more than one pass' worth may leave earlier passes read when a
     /// later one is refused.
     pub fn step(&mut self, feeds: &mut [Feed<'_>]) -> Result<Vec<Vec<f32>>> {
+        self.step_or_blame(feeds).map_err(Error::from)
+    }
+
+    /// As [`Engine::step`]; an error says which feed it is about. When all feeds fit one pass and
+    /// want the same kind of thing (logits or hidden states), nothing has changed on an error.
+    pub fn step_or_blame(
+        &mut self,
+        feeds: &mut [Feed<'_>],
+    ) -> std::result::Result<Vec<Vec<f32>>, FeedError> {
         let n_vocab = self.model.hparams().n_vocab;
-        for feed in feeds.iter() {
+        for (i, feed) in feeds.iter().enumerate() {
+            let blame = |source| FeedError {
+                feed: Some(i),
+                source,
+            };
             if feed.want == Want::Hidden && feed.seq.memory.reads_logits() {
                 let what = "its tokens are chosen by logits, so there are no embeddings with it";
-                return Err(feed.seq.spec.refuse(what));
+                return Err(blame(feed.seq.spec.refuse(what)));
             }
             if let Some(&id) = feed.tokens.iter().find(|&&id| id as usize >= n_vocab) {
-                return Err(Error::TokenId { id, n_vocab });
+                return Err(blame(Error::TokenId { id, n_vocab }));
             }
         }
         let mut logits: Vec<Vec<f32>> = feeds.iter().map(|_| Vec::new()).collect();
@@ -322,7 +344,7 @@ impl Engine {
         hidden: bool,
         read: &mut [usize],
         logits: &mut [Vec<f32>],
-    ) -> Result<()> {
+    ) -> std::result::Result<(), FeedError> {
         let hp = self.model.hparams();
         let width = if hidden { hp.n_embd } else { hp.n_vocab };
         let mut plans: Vec<Plan> = Vec::with_capacity(feeds.len());
@@ -333,7 +355,11 @@ impl Engine {
                 _ => feed
                     .seq
                     .memory
-                    .plan(&*self.ops, tokens, feed.want.is_every())?,
+                    .plan(&*self.ops, tokens, feed.want.is_every())
+                    .map_err(|source| FeedError {
+                        feed: Some(i),
+                        source,
+                    })?,
             });
         }
         // Rows whose logits are read: by the caller, or by the memory itself.
@@ -508,11 +534,14 @@ impl Sequence {
         self.memory.forced_next()
     }
 
-    /// Changes a dial of the memory (`tau`, `target_rate`).
+    /// Changes a dial of the memory (`tau`, `target_rate`) for everything read from now on, in
+    /// remembered states too.
     pub fn set(&mut self, dial: &str, value: f64) -> Result<()> {
-        self.memory
-            .set(dial, value)
-            .map_err(|what| self.spec.refuse(what))
+        let marks = self.marks.iter_mut().map(|(_, memory)| memory);
+        for memory in std::iter::once(&mut self.memory).chain(marks) {
+            (memory.set(dial, value)).map_err(|what| self.spec.refuse(what))?;
+        }
+        Ok(())
     }
 
     /// Remembers this moment: [`Sequence::truncate`] can return to it exactly. Pages are shared,

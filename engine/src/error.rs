@@ -123,5 +123,27 @@ pub enum Error {
     },
 }
 
+/// Why a pass was refused, and over which of the feeds.
+#[derive(Debug, thiserror::Error)]
+#[error("{}{source}", .feed.map_or(String::new(), |i| format!("feed {i}: ")))]
+pub struct FeedError {
+    /// Index of the feed at fault; `None` when it is not one feed's fault.
+    pub feed: Option<usize>,
+    /// What went wrong.
+    pub source: Error,
+}
+
+impl From<Error> for FeedError {
+    fn from(source: Error) -> FeedError {
+        FeedError { feed: None, source }
+    }
+}
+
+impl From<FeedError> for Error {
+    fn from(e: FeedError) -> Error {
+        e.source
+    }
+}
+
 /// Result of the engine's fallible functions.
 pub type Result<T> = std::result::Result<T, Error>;

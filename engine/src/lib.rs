@@ -21,4 +21,4 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use engine::{Engine, Feed, LoadOptions, Model, Sequence, SequenceOptions, Want};
-pub use error::{Error, Result};
+pub use error::{Error, FeedError, Result};

@@ -105,7 +105,7 @@ fn hidden_states_match_pytorch() {
             .flat_map(|x| {
                 let squares: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
                 let size = (squares / hp.n_embd as f64 + f64::from(hp.rms_eps)).sqrt();
-                (x.iter().zip(weight)).map(move |(x, w)| (f64::from(*x) / size) as f32 * w)
+                (x.iter().zip(weight.host())).map(move |(x, w)| (f64::from(*x) / size) as f32 * w)
             })
             .collect();
         let spec = "full".parse().expect("a memory");

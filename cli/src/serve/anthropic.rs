@@ -108,11 +108,17 @@ fn add_message(chat: &mut Vec<Value>, message: &Value) -> ApiResult<()> {
                 "type": "function",
                 "function": {"name": block["name"], "arguments": block["input"].to_string()},
             })),
-            Some("tool_result") => results.push(json!({
-                "role": "tool",
-                "tool_call_id": block["tool_use_id"],
-                "content": plain(&block["content"]),
-            })),
+            Some("tool_result") => {
+                let mut parts = block["content"].as_array().into_iter().flatten();
+                if parts.any(|part| part["type"] == "image") {
+                    return Err(ApiError::server(NO_IMAGES));
+                }
+                results.push(json!({
+                    "role": "tool",
+                    "tool_call_id": block["tool_use_id"],
+                    "content": plain(&block["content"]),
+                }));
+            }
             Some("image") => return Err(ApiError::server(NO_IMAGES)),
             _ => return Err(wrong("content", "blocks of a known type", block)),
         }

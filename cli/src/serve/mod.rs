@@ -5,8 +5,8 @@
 //! a row in [`args`], every generation field a row in [`fields`].
 
 mod anthropic;
-mod app;
-mod args;
+pub(crate) mod app;
+pub(crate) mod args;
 mod chat;
 mod embed;
 mod errors;
@@ -20,7 +20,7 @@ mod openapi;
 mod output;
 mod prompt;
 mod responses;
-mod routes;
+pub(crate) mod routes;
 mod slots;
 mod ui;
 
@@ -29,7 +29,6 @@ use app::App;
 use http::Front;
 use mneme_engine::chat::{ChatTemplate, NAMED_TEMPLATES};
 use mneme_engine::embed::{Classifier, Pooling};
-use mneme_engine::ops::Cpu;
 use mneme_engine::scheduler::{Command, Handle, Options, Scheduler};
 use mneme_engine::{Engine, LoadOptions, Model, SequenceOptions};
 use std::io::Write;
@@ -140,15 +139,18 @@ async fn watch_signals(stop: watch::Sender<bool>) {
 }
 
 /// Loads the model and starts the thread that runs it.
-fn load(args: args::Args, path: &std::path::Path) -> Result<(App, std::thread::JoinHandle<()>)> {
+pub(crate) fn load(
+    args: args::Args,
+    path: &std::path::Path,
+) -> Result<(App, std::thread::JoinHandle<()>)> {
     let n_threads = args
         .n_threads
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-    let ops = Cpu::new(n_threads);
+    let ops = args.device.open(path, n_threads)?;
     let options = LoadOptions {
         memory_adapter: args.memory_adapter.clone(),
     };
-    let model = Model::load(path, &options, &ops, |_, _| {})
+    let model = Model::load(path, &options, &*ops, |_, _| {})
         .with_context(|| format!("loading {}", path.display()))?;
     let (template, tool_template) = templates(&args, &model)?;
     let memory = args

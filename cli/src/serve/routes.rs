@@ -102,6 +102,7 @@ pub const ROUTES: &[Route] = routes! {
     "POST" ["/v1/rerank", "/rerank", "/v1/reranking", "/reranking"] Json, false, embed::rerank, "Documents in order of relevance; needs --reranking";
     "GET" ["/slots"] Nothing, false, slots::list, "What every slot does";
     "GET" ["/slots/{id}/memory"] Nothing, false, slots::memory, "A slot's memory: numbers, and nodes with their spans; ?text adds the text";
+    "POST" ["/slots/{id}/memory"] Json, false, slots::set_memory, "Changes dials of a slot's memory (tau, target_rate) for what it reads from now on";
     "POST" ["/slots/{id}"] Json, false, slots::act, "?action=save, restore or erase; needs --slot-save-path";
     "GET" ["/metrics"] Nothing, false, metrics::metrics, "Running totals for Prometheus; needs --metrics";
     "GET" ["/lora-adapters"] Nothing, false, native::lora, "Adapters: none";

@@ -2,6 +2,7 @@
 
 use super::app::App;
 use super::errors::{ApiError, ApiResult};
+use super::fields::wrong;
 use super::generate::{json_reply, memory_json};
 use super::routes::Call;
 use axum::response::Response;
@@ -98,6 +99,31 @@ pub async fn memory(app: Arc<App>, call: Call) -> ApiResult<Response> {
         out["tail"] = json!({"start": from, "text": text(from, view.tokens.len())});
     }
     Ok(json_reply(&out))
+}
+
+/// POST /slots/{id}/memory
+pub async fn set_memory(app: Arc<App>, call: Call) -> ApiResult<Response> {
+    let id = slot_id(&call)?;
+    let body = call.json()?;
+    let Some(dials) = body.as_object().filter(|o| !o.is_empty()) else {
+        return Err(ApiError::invalid(
+            "expected an object of dials and numbers, such as {\"tau\": 0.5}",
+        ));
+    };
+    let mut stats = None;
+    for (dial, value) in dials {
+        let Some(number) = value.as_f64() else {
+            return Err(wrong(dial, "a number", value));
+        };
+        let dial = dial.clone();
+        let set = (app.ask(|reply| Command::Set(id, dial, number, reply))).await?;
+        let Some(set) = set else {
+            return Err(ApiError::invalid("Invalid slot ID"));
+        };
+        stats = Some(set.map_err(|e| ApiError::invalid(e.to_string()))?);
+    }
+    let stats = stats.as_ref().map(memory_json);
+    Ok(json_reply(&json!({"id_slot": id, "stats": stats})))
 }
 
 /// A file name that cannot leave the folder it is put in.

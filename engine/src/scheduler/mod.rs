@@ -158,6 +158,13 @@ pub enum Command {
     Slots(Reply<Vec<SlotView>>),
     /// Describe one slot's memory; `None` for a number that is no slot's.
     Memory(usize, Reply<Option<MemoryView>>),
+    /// Change a dial of a slot's memory, at once; `None` for a number that is no slot's.
+    Set(
+        usize,
+        String,
+        f64,
+        Reply<Option<std::result::Result<Stats, SlotError>>>,
+    ),
     /// Running totals.
     Totals(Reply<Totals>),
     /// Write a slot's sequence to a file, once the slot is idle.
@@ -314,6 +321,13 @@ impl Scheduler {
                     stats: slot.seq.stats(),
                     nodes: slot.seq.nodes(),
                     tokens: slot.seq.tokens().to_vec(),
+                }));
+            }
+            Command::Set(id, dial, value, reply) => {
+                reply(self.slots.get_mut(id).map(|slot| {
+                    let set = slot.seq.set(&dial, value);
+                    set.map_err(|e| SlotError(e.to_string()))?;
+                    Ok(slot.seq.stats())
                 }));
             }
             Command::Totals(reply) => {

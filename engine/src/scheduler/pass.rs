@@ -4,7 +4,7 @@ use super::job::{Event, Failure, Job, Stop};
 use super::slot::{Next, Task};
 use super::{Scheduler, Waiting};
 use crate::engine::{Feed, Sequence};
-use crate::error::{Error, Result};
+use crate::error::{Error, FeedError, Result};
 use crate::sampler::Sampler;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -160,10 +160,8 @@ impl Scheduler {
         }
         self.totals.n_passes += 1;
         self.totals.n_busy_slots += n_busy as u64;
-        for (id, result) in results.into_iter().enumerate() {
-            if shares[id] > 0 {
-                self.after(id, shares[id], result);
-            }
+        for (id, result) in results {
+            self.after(id, shares[id], result);
         }
     }
 
@@ -247,42 +245,67 @@ impl Scheduler {
         true
     }
 
-    /// Feeds the shares. Returns the prompt rows among them and what every slot wanted: logits, or
-    /// hidden states for an embedding.
-    fn step(&mut self, shares: &[usize]) -> (usize, Vec<Result<Vec<f32>>>) {
-        let mut feeds = Vec::new();
-        let mut owners = Vec::new();
+    /// Feeds the shares. Returns the prompt rows among them and what every slot that was fed wanted:
+    /// logits, or hidden states for an embedding.
+    fn step(&mut self, shares: &[usize]) -> (usize, Vec<(usize, Result<Vec<f32>>)>) {
         let mut rows = 0;
-        for (slot, &share) in self.slots.iter_mut().zip(shares) {
-            let Some(task) = slot.task.as_ref().filter(|_| share > 0) else {
-                continue;
-            };
-            if !task.is_writing() {
-                rows += share;
-            }
-            owners.push(slot.id);
-            feeds.push(Feed {
-                seq: &mut slot.seq,
-                tokens: &task.pending[task.fed..task.fed + share],
-                want: task.want(share),
-            });
-        }
-        let mut results: Vec<Result<Vec<f32>>> = shares.iter().map(|_| Ok(Vec::new())).collect();
-        match self.engine.step(&mut feeds) {
-            Ok(logits) => {
-                for (id, logits) in owners.into_iter().zip(logits) {
-                    results[id] = Ok(logits);
+        let mut results = Vec::new();
+        // One kind of output and one pass' worth at a time: then an error changes nothing.
+        for hidden in [false, true] {
+            let ids: Vec<usize> = (self.slots.iter())
+                .filter(|s| shares[s.id] > 0)
+                .filter(|s| (s.task.as_ref()).is_some_and(|t| t.pooler.is_some() == hidden))
+                .map(|s| s.id)
+                .collect();
+            let mut group = Vec::new();
+            let mut n = 0;
+            for id in ids {
+                if n + shares[id] > self.engine.n_ubatch() && n > 0 {
+                    self.feed(&mut group, shares, &mut results);
+                    n = 0;
+                }
+                group.push(id);
+                n += shares[id];
+                if (self.slots[id].task.as_ref()).is_some_and(|t| !t.is_writing()) {
+                    rows += shares[id];
                 }
             }
-            // Nothing was read; one by one it shows who is at fault.
-            Err(_) => {
-                for (id, feed) in owners.into_iter().zip(&mut feeds) {
-                    let alone = self.engine.step(std::slice::from_mut(feed));
-                    results[id] = alone.map(|mut logits| logits.pop().unwrap_or_default());
-                }
-            }
+            self.feed(&mut group, shares, &mut results);
         }
         (rows, results)
+    }
+
+    /// Feeds a group of slots together. Whoever is at fault for an error leaves the group, and the
+    /// others try again.
+    fn feed(
+        &mut self,
+        group: &mut Vec<usize>,
+        shares: &[usize],
+        results: &mut Vec<(usize, Result<Vec<f32>>)>,
+    ) {
+        while !group.is_empty() {
+            let mut feeds = Vec::with_capacity(group.len());
+            for slot in self.slots.iter_mut().filter(|s| group.contains(&s.id)) {
+                let Some(task) = &slot.task else {
+                    continue;
+                };
+                let share = shares[slot.id];
+                feeds.push(Feed {
+                    seq: &mut slot.seq,
+                    tokens: &task.pending[task.fed..task.fed + share],
+                    want: task.want(share),
+                });
+            }
+            match self.engine.step_or_blame(&mut feeds) {
+                Ok(outputs) => {
+                    results.extend(group.drain(..).zip(outputs.into_iter().map(Ok)));
+                }
+                Err(FeedError { feed, source }) => {
+                    let id = group.remove(feed.unwrap_or(0).min(group.len() - 1));
+                    results.push((id, Err(source)));
+                }
+            }
+        }
     }
 
     /// What a pass means for one slot.
