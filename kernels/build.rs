@@ -35,9 +35,21 @@ mod nvcc {
     use std::process::{Command, exit};
 
     /// One file per op.
-    const FILES: [&str; 13] = [
-        "add", "argmax", "attend", "cells", "gates", "get_rows", "mul_mat", "peak", "rank",
-        "recur", "rms_norm", "rope", "swiglu",
+    const FILES: [&str; 14] = [
+        "add",
+        "argmax",
+        "attend",
+        "cells",
+        "gates",
+        "get_rows",
+        "mul_mat",
+        "peak",
+        "rank",
+        "recur",
+        "recur_chunk",
+        "rms_norm",
+        "rope",
+        "swiglu",
     ];
 
     pub(super) fn build() {

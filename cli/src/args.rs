@@ -1,12 +1,12 @@
 //! Flags that several commands share. Where llama.cpp has a flag of the same meaning, ours is
 //! spelled the same, its several-letter short forms (`-ctk`, `-hf`) included.
 
+use crate::device::DeviceArgs;
 use crate::progress::{Progress, Unit};
 use anyhow::{Context, Result, bail};
-use mneme_engine::engine::{KV_TYPES, N_UBATCH, kv_type};
+use mneme_engine::engine::{KV_TYPES, kv_type};
 use mneme_engine::grammar::{Grammar, GrammarVocab};
 use mneme_engine::memory::{MEMORIES, spec::MemorySpec};
-use mneme_engine::ops::Cpu;
 use mneme_engine::sampler::{SamplerKind, SamplerParams};
 use mneme_engine::tokenizer::Tokenizer;
 use mneme_engine::{Engine, LoadOptions, Model, Sequence, SequenceOptions};
@@ -24,6 +24,8 @@ const LLAMA_FLAGS: &[(&str, &str)] = &[
     ("-sys", "--system-prompt"),
     ("-np", "--parallel"),
     ("-jf", "--json-schema-file"),
+    ("-dev", "--device"),
+    ("-ngl", "--n-gpu-layers"),
 ];
 
 /// Flags whose next argument is text that may look like a flag.
@@ -105,9 +107,11 @@ pub struct ModelArgs {
     /// Threads [default: all cores]
     #[arg(short, long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
-    /// Most rows computed in one pass (short: -ub)
-    #[arg(long, value_name = "N", default_value_t = N_UBATCH, value_parser = parse_positive)]
-    pub ubatch_size: usize,
+    /// Most rows computed in one pass (short: -ub) [default: 512, on a GPU 2048]
+    #[arg(long, value_name = "N", value_parser = parse_positive)]
+    pub ubatch_size: Option<usize>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 impl ModelArgs {
@@ -134,12 +138,12 @@ impl ModelArgs {
     /// Loads the model, with a progress bar when it takes long.
     pub fn load(&self) -> Result<Engine> {
         let path = self.path()?;
-        let ops = Cpu::new(self.n_threads());
+        let ops = self.device.open(&path, self.n_threads())?;
         let options = LoadOptions {
             memory_adapter: self.memory_adapter.clone(),
         };
         let mut bar = Progress::new("loading", 0, Unit::Bytes);
-        let model = Model::load(&path, &options, &ops, |done, total| {
+        let model = Model::load(&path, &options, &*ops, |done, total| {
             bar.set_len(total);
             bar.set(done);
         })
@@ -151,7 +155,7 @@ impl ModelArgs {
             if known { e } else { e.context(named) }
         })?;
         drop(bar);
-        Ok(Engine::new(model, ops, self.ubatch_size))
+        Ok(Engine::new(model, ops, self.ubatch_size.unwrap_or(0)))
     }
 }
 

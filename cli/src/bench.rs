@@ -8,13 +8,14 @@ use crate::progress::{Progress, Unit};
 use crate::report::{self, Report};
 use anyhow::{Context, Result, bail};
 use mneme_engine::memory::spec::MemorySpec;
+use mneme_engine::ops::Peak;
 use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
 use mneme_kernels::dispatch;
-use mneme_kernels::peak::Peak;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 use serde_json::json;
+use std::collections::HashMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -68,9 +69,6 @@ pub struct Args {
     cells: CellArgs,
 }
 
-/// Rounds of each peak; the best counts.
-const PEAK_ROUNDS: usize = 3;
-
 /// One line of the table.
 #[derive(Serialize)]
 struct Row {
@@ -90,6 +88,8 @@ struct Row {
     /// Operations per second in the matrices; prompts only.
     ops_per_second: Option<f64>,
     int8_share: Option<f64>,
+    /// The same on a card, whose matrix units take F16.
+    f16_share: Option<f64>,
     /// Bytes the memory held before the test, and what a full cache takes.
     held_bytes: usize,
     full_bytes: usize,
@@ -125,7 +125,10 @@ pub fn run(args: &Args) -> Result<()> {
     for spec in &specs {
         engine.sequence(spec, options)?;
     }
-    let peak = (!args.no_peaks).then(|| Peak::measure(engine.ops().host().pool(), PEAK_ROUNDS));
+    let peak = match args.no_peaks {
+        true => None,
+        false => Some(engine.ops().peak()?),
+    };
     let mut rows = Vec::new();
     let per_depth = args.repetitions * (args.n_prompt + args.n_gen);
     let work = specs.len() * (deepest + depths.len() * per_depth);
@@ -280,6 +283,8 @@ impl Bench<'_> {
             let limit = of(self.peak?);
             (limit > 0.0).then_some(x? / limit)
         };
+        let matrix_share = share(ops, |p| p.matrix);
+        let format = self.peak.map(|p| p.format);
         Row {
             memory: self.spec.text.clone(),
             test,
@@ -291,16 +296,12 @@ impl Bench<'_> {
             bytes_per_second: bytes,
             read_share: share(bytes, |p| p.read),
             ops_per_second: ops,
-            int8_share: share(ops, int8),
+            int8_share: matrix_share.filter(|_| format != Some("f16")),
+            f16_share: matrix_share.filter(|_| format == Some("f16")),
             held_bytes: held,
             full_bytes: stats.full_bytes,
         }
     }
-}
-
-/// The best 8-bit rate of the machine, by whichever instructions.
-fn int8(peak: &Peak) -> f64 {
-    peak.int8.max(peak.int8_amx)
 }
 
 fn report(args: &Args, engine: &Engine, peak: Option<&Peak>, rows: &[Row]) -> Report {
@@ -308,20 +309,21 @@ fn report(args: &Args, engine: &Engine, peak: Option<&Peak>, rows: &[Row]) -> Re
     let name = engine.model.path.file_name().unwrap_or_default();
     let name = name.to_string_lossy();
     let mut text = format!(
-        "{name}: {} of weights per token, {} threads, {}",
+        "{name}: {} of weights per token, {}",
         human_bytes(weights.bytes_per_token() as f64),
-        engine.ops().host().n_threads(),
-        dispatch::best().name(),
+        engine.ops().name(),
     );
     if let Some(peak) = peak {
-        text += &format!(
-            "; measured peaks: read {:.1} GB/s, int8 {:.0} GOP/s (vectors {:.0}), F32 {:.0} GFLOP/s",
-            peak.read / 1e9,
-            int8(peak) / 1e9,
-            peak.int8 / 1e9,
-            peak.fma / 1e9,
-        );
+        let rates = peak.rates.iter();
+        let rates: Vec<String> = rates
+            .map(|(name, rate)| match *name {
+                "read" | "copy" => format!("{name} {:.1} GB/s", rate / 1e9),
+                _ => format!("{name} {:.0} GOP/s", rate / 1e9),
+            })
+            .collect();
+        text += &format!("; measured peaks: {}", rates.join(", "));
     }
+    let of_matrix = format!("of {}", peak.map_or("int8", |p| p.format));
     let share = |x: Option<f64>| x.map_or(String::new(), |x| format!("{:.0} %", 100.0 * x));
     let giga = |x: Option<f64>| x.map_or(String::new(), |x| format!("{:.1}", x / 1e9));
     let cells: Vec<Vec<String>> = rows
@@ -336,14 +338,14 @@ fn report(args: &Args, engine: &Engine, peak: Option<&Peak>, rows: &[Row]) -> Re
                 giga(r.bytes_per_second),
                 share(r.read_share),
                 giga(r.ops_per_second),
-                share(r.int8_share),
+                share(r.int8_share.or(r.f16_share)),
                 human_bytes(r.held_bytes as f64),
                 human_bytes(r.full_bytes as f64),
             ]
         })
         .collect();
     let head = [
-        "memory", "test", "depth", "tokens/s", "±", "GB/s", "of read", "GOP/s", "of int8", "held",
+        "memory", "test", "depth", "tokens/s", "±", "GB/s", "of read", "GOP/s", &of_matrix, "held",
         "full",
     ];
     let lines = |test: &str| -> Vec<Line> {
@@ -376,9 +378,8 @@ fn report(args: &Args, engine: &Engine, peak: Option<&Peak>, rows: &[Row]) -> Re
             "n_threads": engine.ops().host().n_threads(),
             "n_ubatch": engine.n_ubatch(),
             "isa": dispatch::best().name(),
-            "peak": peak.map(|p| json!({
-                "read": p.read, "int8": p.int8, "int8_amx": p.int8_amx, "fma": p.fma,
-            })),
+            "device": engine.ops().name(),
+            "peak": peak.map(|p| p.rates.iter().copied().collect::<HashMap<_, _>>()),
             "rows": rows,
         }),
         plots: [

@@ -4,6 +4,7 @@
 //! it. The model is the small one under `models/`.
 
 use crate::args::{ModelArgs, human_bytes};
+use crate::device::DeviceArgs;
 use crate::eval::arm::{Opened, Outcome, Rig};
 use crate::eval::prompt::{Form, Style};
 use crate::eval::records::{Relations, Shape, fitting};
@@ -13,7 +14,6 @@ use crate::interrupt;
 use crate::progress::{Progress, Unit};
 use anyhow::{Context, Result, bail};
 use mneme_engine::SequenceOptions;
-use mneme_engine::engine::N_UBATCH;
 use mneme_engine::memory::spec::MemorySpec;
 use rustyline::error::ReadlineError;
 use serde_json::json;
@@ -35,6 +35,8 @@ pub struct Args {
     /// Trained memory to lay over the model (GGUF adapter)
     #[arg(long, value_name = "FILE")]
     memory_adapter: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// The memory to show beside full and window [default: the one the file was trained for]
     #[arg(long, value_name = "NAME[:key=value,...]")]
     memory: Option<MemorySpec>,
@@ -259,7 +261,8 @@ pub fn run(args: &Args) -> Result<()> {
         hf_repo: None,
         memory_adapter: args.memory_adapter.clone(),
         threads: args.threads,
-        ubatch_size: N_UBATCH,
+        ubatch_size: None,
+        device: args.device.clone(),
     }
     .load()?;
     let mut rig = Rig {

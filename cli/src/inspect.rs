@@ -1,6 +1,7 @@
 //! `mneme inspect`: what a GGUF file holds, and the memory it will take.
 
 use crate::args::{CellArgs, MemoryArgs, ModelArgs, human_bytes, parse_kv, parse_positive};
+use crate::device::DeviceArgs;
 use crate::segments;
 use anyhow::{Result, bail};
 use mneme_engine::engine::{N_UBATCH, kv_name};
@@ -99,7 +100,8 @@ fn segments(args: &Args, file: &Path, text: &Path) -> Result<()> {
         hf_repo: None,
         memory_adapter: args.memory_adapter.clone(),
         threads: None,
-        ubatch_size: N_UBATCH,
+        ubatch_size: None,
+        device: DeviceArgs::default(),
     };
     let memory = MemoryArgs {
         memory: args.memory.clone(),

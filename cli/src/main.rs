@@ -8,6 +8,7 @@ mod bench;
 mod chat;
 mod convert;
 mod demo;
+mod device;
 mod eval;
 mod generate;
 #[cfg(feature = "hf")]

@@ -243,18 +243,27 @@ pub struct Engine {
     n_ubatch: usize,
 }
 
-/// Rows of one pass unless told otherwise.
+/// Rows of one pass on the host unless told otherwise.
 pub const N_UBATCH: usize = 512;
+/// The same on a card, which small products leave idle.
+pub const N_UBATCH_CARD: usize = 2048;
 
 impl Engine {
-    /// An engine that runs `model` by the verbs it was loaded for, at most `n_ubatch` rows a pass.
+    /// An engine that runs `model` by the verbs it was loaded for, at most `n_ubatch` rows a pass;
+    /// 0 for what suits the device.
     pub fn new(model: Arc<Model>, ops: impl Into<Box<dyn Ops>>, n_ubatch: usize) -> Engine {
+        let ops = ops.into();
+        let n_ubatch = match n_ubatch {
+            0 if ops.device().is_host() => N_UBATCH,
+            0 => N_UBATCH_CARD,
+            n => n,
+        };
         Engine {
             model,
-            ops: ops.into(),
+            ops,
             scratch: Scratch::default(),
             logits: Vec::new(),
-            n_ubatch: n_ubatch.max(1),
+            n_ubatch,
         }
     }
 

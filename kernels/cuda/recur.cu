@@ -7,9 +7,7 @@
 // blocks. A token needs one pass over the state: out = a S^T q + e (k q) with the old S gives both
 // sums at once, and one barrier.
 
-#include "device.cuh"
-
-enum Rule { RULE_GATED_DELTA, RULE_DELTA, RULE_SSD };
+#include "recur.cuh"
 
 static constexpr int MAX_SEQUENCES = 16;
 static constexpr int COLUMNS = 32;
@@ -17,30 +15,10 @@ static constexpr int SHARES = 8;
 // Tokens whose keys and queries are normalised together.
 static constexpr int TOKENS = 8;
 
-struct RecurSequence {
-    const float *q;          // token t at t * q_stride: [n_head, dim_k]
-    const float *k;          // [n_head_k, dim_k]
-    const float *v;          // [n_head_k, dim_v]
-    const float *g;          // [n_tokens, n_head]; null for delta
-    const float *beta;       // [n_tokens, n_head]
-    const uint32_t *resets;  // [n_tokens]; null: none
-    float *state;            // [n_head, dim_k, dim_v]
-    float *out;              // [n_tokens, n_head, dim_v]
-    uint64_t q_stride, k_stride, v_stride;
-    int n_tokens, n_head, n_head_k, dim_k, dim_v, rule;
-    int first;  // number of its first block
-    int unused;
-};
-
 struct RecurArgs {
     RecurSequence sequences[MAX_SEQUENCES];
     int n_sequences;
 };
-
-// 1 / |z| as the rule defines it.
-DEVICE float inverse_norm(int rule, float squares) {
-    return rule == RULE_SSD ? 1.0f / fmaxf(sqrtf(squares), 1e-12f) : 1.0f / sqrtf(squares + 1e-6f);
-}
 
 // N: rows of the state that a thread holds.
 template <int N>

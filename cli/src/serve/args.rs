@@ -3,6 +3,7 @@
 //! Every flag that takes a value is also read from the environment (`LLAMA_ARG_...`); the command
 //! line wins. In long flags `_` means `-`.
 
+use crate::device::{DeviceArgs, parse_layers};
 use anyhow::{Context, Result, anyhow, bail};
 use mneme_engine::SequenceOptions;
 use mneme_engine::embed::{POOLINGS, Pooling};
@@ -70,6 +71,7 @@ pub struct Args {
     pub n_batch: usize,
     pub n_ubatch: usize,
     pub n_threads: Option<usize>,
+    pub device: DeviceArgs,
     pub sequence: SequenceOptions,
     pub hosts: Vec<String>,
     pub port: u16,
@@ -123,8 +125,9 @@ impl Default for Args {
             n_parallel: None,
             kv_unified: None,
             n_batch: 2048,
-            n_ubatch: mneme_engine::engine::N_UBATCH,
+            n_ubatch: 0,
             n_threads: None,
+            device: DeviceArgs::default(),
             sequence: SequenceOptions::default(),
             hosts: vec!["127.0.0.1".into()],
             port: 8080,
@@ -279,9 +282,14 @@ const FLAGS: &[Flag] = &[
     flag(&["-kvu", "--kv-unified"], Nothing, "KV_UNIFIED", "all slots share the whole context", put!(kv_unified = Some(true))),
     flag(&["-no-kvu", "--no-kv-unified"], Nothing, "", "every slot has an equal part of the context", put!(kv_unified = Some(false))),
     flag(&["-b", "--batch-size"], Text, "BATCH", "N  most prompt tokens read at a time (2048)", put!(n_batch <- positive)),
-    flag(&["-ub", "--ubatch-size"], Text, "UBATCH", "N  most rows computed in one pass (512)", put!(n_ubatch <- positive)),
+    flag(&["-ub", "--ubatch-size"], Text, "UBATCH", "N  most rows computed in one pass (512; on a GPU 2048)", put!(n_ubatch <- positive)),
     flag(&["-t", "--threads"], Text, "THREADS", "N  threads; without it one per core", |args, v| {
         args.n_threads = match number::<i64>(v)? { n if n > 0 => Some(n as usize), _ => None };
+        Ok(())
+    }),
+    flag(&["-dev", "--device"], Text, "DEVICE", "DEVICE  auto, cpu, cuda or cuda:N (auto: the first GPU there is)", |args, v| { args.device.device = v.parse()?; Ok(()) }),
+    flag(&["-ngl", "--gpu-layers", "--n-gpu-layers"], Text, "N_GPU_LAYERS", "N  layers on the GPU: 0 for none, all for all", |args, v| {
+        args.device.n_gpu_layers = Some(parse_layers(v).map_err(|e| anyhow!(e))?);
         Ok(())
     }),
     flag(&["-ctk", "--cache-type-k"], Text, "CACHE_TYPE_K", "TYPE  keys: f32 f16 bf16 q8_0 (f16)", |args, v| { args.sequence.type_k = cache_type(v)?; Ok(()) }),
@@ -386,10 +394,10 @@ const FLAGS: &[Flag] = &[
         "--lora-init-without-apply", "--dio", "--direct-io", "--no-dio", "--no-direct-io", "--cpu-strict", "--op-offload",
         "--no-op-offload"], Nothing, "", "", ignore),
     flag(&["-fa", "--flash-attn"], Maybe, "", "", ignore),
-    flag(&["-tb", "--threads-batch", "--threads-http", "-ngl", "--gpu-layers", "--n-gpu-layers", "-hff", "--hf-file", "-mu",
+    flag(&["-tb", "--threads-batch", "--threads-http", "-hff", "--hf-file", "-mu",
         "--model-url", "-dr", "--docker-repo", "-hft", "--hf-token", "-lv", "--verbosity", "--log-verbosity", "--log-file",
         "--log-colors", "-lm", "--load-mode", "--numa", "-ot", "--override-tensor", "-ncmoe", "--n-cpu-moe", "-sm",
-        "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu", "-dev", "--device", "--prio", "--prio-batch", "--poll",
+        "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu", "--prio", "--prio-batch", "--poll",
         "--poll-batch", "-C", "--cpu-mask", "-Cr", "--cpu-range", "-cram", "--cache-ram", "--cache-reuse",
         "--path", "--fit", "--fit-ctx", "--fit-target", "-dt", "--defrag-thold", "--slot-save-interval",
         "--mmproj", "--mmproj-url", "--media-path", "--models-dir", "--models-max", "--models-preset",

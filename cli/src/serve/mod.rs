@@ -29,7 +29,6 @@ use app::App;
 use http::Front;
 use mneme_engine::chat::{ChatTemplate, NAMED_TEMPLATES};
 use mneme_engine::embed::{Classifier, Pooling};
-use mneme_engine::ops::Cpu;
 use mneme_engine::scheduler::{Command, Handle, Options, Scheduler};
 use mneme_engine::{Engine, LoadOptions, Model, SequenceOptions};
 use std::io::Write;
@@ -147,11 +146,11 @@ pub(crate) fn load(
     let n_threads = args
         .n_threads
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-    let ops = Cpu::new(n_threads);
+    let ops = args.device.open(path, n_threads)?;
     let options = LoadOptions {
         memory_adapter: args.memory_adapter.clone(),
     };
-    let model = Model::load(path, &options, &ops, |_, _| {})
+    let model = Model::load(path, &options, &*ops, |_, _| {})
         .with_context(|| format!("loading {}", path.display()))?;
     let (template, tool_template) = templates(&args, &model)?;
     let memory = args

@@ -54,6 +54,16 @@ fn wrong_arguments() {
         ),
         (&["run", "-m", model, "-p", "a", "-t", "0"], 2, "at least 1"),
         (
+            &["run", "-m", model, "-p", "a", "--device", "abacus"],
+            2,
+            "expected auto, cpu, cuda or cuda:N",
+        ),
+        (
+            &["run", "-m", model, "-p", "a", "-ngl", "some"],
+            2,
+            "expected a number of layers",
+        ),
+        (
             &["run", "-m", model, "-p", "a", "--temp", "NaN"],
             1,
             "temperature",
@@ -192,5 +202,30 @@ fn help_teaches_the_memories() {
         "target_rate",
     ] {
         assert!(help.contains(word), "{word}: {help}");
+    }
+}
+
+/// A GPU that is asked for and cannot be had is said so in words; without being asked for, and
+/// with `-ngl 0`, the CPU runs the model.
+#[test]
+#[cfg(not(feature = "cuda-host"))]
+fn a_gpu_that_is_not_there() {
+    let model = model("qwen2-tiny");
+    let run = |flags: &[&str]| {
+        let common = ["run", "-m", text(&model), "-p", "a b", "-n", "2"];
+        let mut command = mneme(&[&common[..], flags].concat());
+        command.output().expect("mneme runs")
+    };
+    let expected = match cfg!(feature = "cuda") {
+        true => "cuda:9",
+        false => "built without the feature `cuda`",
+    };
+    refused(&run(&["--device", "cuda:9"]), 1, expected);
+    for flags in [
+        &["--device", "cpu"][..],
+        &["--device", "cuda:9", "-ngl", "0"],
+    ] {
+        let output = run(flags);
+        assert!(output.status.success(), "{flags:?}: {output:?}");
     }
 }

@@ -20,12 +20,17 @@ impl FromStr for DeviceChoice {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<DeviceChoice> {
-        match text.split_once(':').unwrap_or((text, "0")) {
-            ("auto", "0") => Ok(DeviceChoice::Auto),
-            ("cpu", "0") => Ok(DeviceChoice::Cpu),
-            ("cuda", n) if n.parse::<u16>().is_ok() => {
-                Ok(DeviceChoice::Cuda(n.parse().unwrap_or(0)))
-            }
+        let name = text.to_ascii_lowercase();
+        // llama.cpp's names, `none` and `CUDA0`, mean the same.
+        match &name[..] {
+            "auto" => return Ok(DeviceChoice::Auto),
+            "cpu" | "none" => return Ok(DeviceChoice::Cpu),
+            "cuda" => return Ok(DeviceChoice::Cuda(0)),
+            _ => {}
+        }
+        let n = name.strip_prefix("cuda:").or(name.strip_prefix("cuda"));
+        match n.map(str::parse::<u16>) {
+            Some(Ok(n)) => Ok(DeviceChoice::Cuda(n.into())),
             _ => Err(Error::DeviceName(text.into())),
         }
     }
@@ -49,5 +54,27 @@ pub fn open(choice: DeviceChoice, n_threads: usize) -> Result<Box<dyn Ops>> {
         DeviceChoice::Cuda(n) => Ok(Box::new(super::Cuda::open(n, host)?)),
         #[cfg(not(feature = "on-card"))]
         DeviceChoice::Cuda(n) => Err(Error::NoCuda(n)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_names() {
+        for (text, choice) in [
+            ("auto", DeviceChoice::Auto),
+            ("cpu", DeviceChoice::Cpu),
+            ("none", DeviceChoice::Cpu),
+            ("cuda", DeviceChoice::Cuda(0)),
+            ("cuda:1", DeviceChoice::Cuda(1)),
+            ("CUDA2", DeviceChoice::Cuda(2)),
+        ] {
+            assert_eq!(text.parse::<DeviceChoice>().ok(), Some(choice), "{text}");
+        }
+        for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0"] {
+            assert!(text.parse::<DeviceChoice>().is_err(), "{text}");
+        }
     }
 }

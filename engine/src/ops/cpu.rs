@@ -3,7 +3,7 @@
 //! [`Cpu`]'s own methods take slices: the small parts of memories that always run on the host call
 //! those. As [`Ops`] the same verbs take buffers.
 
-use super::{Buffer, Device, Ops, Page, Recurrence, RopeKind, Rows, Rule};
+use super::{Buffer, Device, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule};
 use crate::error::{Error, Result};
 use crate::gguf::{GgmlType, Gguf, TensorInfo};
 use crate::memory::store::{Region, Store};
@@ -18,6 +18,9 @@ use mneme_kernels::recur::{self, Form, Recur};
 use mneme_kernels::{add, quant, rms_norm, rope, swiglu};
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Rounds of each peak; the best counts.
+const PEAK_ROUNDS: usize = 3;
 
 /// The host's threads and the verbs that run on them.
 pub struct Cpu {
@@ -355,6 +358,21 @@ impl Ops for Cpu {
             self.n_threads(),
             dispatch::best().name()
         )
+    }
+
+    fn peak(&self) -> Result<Peak> {
+        let peak = mneme_kernels::peak::Peak::measure(&self.pool, PEAK_ROUNDS);
+        Ok(Peak {
+            read: peak.read,
+            matrix: peak.int8.max(peak.int8_amx),
+            format: "int8",
+            rates: vec![
+                ("read", peak.read),
+                ("int8", peak.int8),
+                ("int8_amx", peak.int8_amx),
+                ("fma", peak.fma),
+            ],
+        })
     }
 
     fn device(&self) -> &Device {

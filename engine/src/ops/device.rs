@@ -20,6 +20,11 @@ pub enum Device {
 }
 
 impl Device {
+    /// Whether this is the host's own memory.
+    pub fn is_host(&self) -> bool {
+        matches!(self, Device::Host)
+    }
+
     /// `n` zeros.
     pub fn zeros(&self, n: usize) -> Result<Buffer> {
         match self {

@@ -57,6 +57,19 @@ pub struct Recurrence<'a> {
     pub out: &'a mut Buffer,
 }
 
+/// Best rates of a device, measured.
+#[derive(Clone, Debug)]
+pub struct Peak {
+    /// Bytes per second read from its memory; on a card, read and written in a copy.
+    pub read: f64,
+    /// Operations per second of its fastest matrix or vector units that weights run on.
+    pub matrix: f64,
+    /// Their number format.
+    pub format: &'static str,
+    /// Everything that was measured, by name, per second.
+    pub rates: Vec<(&'static str, f64)>,
+}
+
 /// The verbs. Shapes are checked by each; a buffer of another device is a broken invariant.
 ///
 /// Verbs return before a device other than the host has run them, in the order they were called;
@@ -64,6 +77,9 @@ pub struct Recurrence<'a> {
 pub trait Ops: Send + Sync {
     /// The device in words, for people.
     fn name(&self) -> String;
+
+    /// What the device can do at most, measured now.
+    fn peak(&self) -> Result<Peak>;
 
     /// Where the buffers, matrices and pages of these verbs live.
     fn device(&self) -> &Device;

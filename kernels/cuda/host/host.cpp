@@ -67,9 +67,10 @@ struct Fiber {
     unsigned group;
 };
 
-// What the lanes of a warp exchange.
+// What the lanes of a warp exchange. Two places in turn: whoever leaves something for the next
+// collective must not overwrite what others still read, and cannot be further ahead than that.
 struct Warp {
-    char left[32][32];
+    char left[2][32][32];
     float *c[32];
     int arrived;
     unsigned round;
@@ -267,21 +268,20 @@ void sync_block() {
     while (me.state == State::at_barrier) go(block.current, next_ready());
 }
 
-void exchange(Collective what, const void *mine, size_t n, char (*all)[32]) {
+Left exchange(Collective what, const void *mine, size_t n) {
     const unsigned me = block.current;
     Warp &w = block.warps[me / 32];
-    memcpy(w.left[me % 32], mine, n);
+    auto &left = w.left[w.round % 2];
+    memcpy(left[me % 32], mine, n);
     collective(what, [](Warp &) {});
-    memcpy(all, w.left, sizeof w.left);
-    // Nobody may leave the next thing before all have read this one.
-    collective(what, [](Warp &) {});
+    return left;
 }
 
 void mma(bool bf16, float *c, const uint32_t *a, uint32_t b0, uint32_t b1) {
     const unsigned me = block.current;
     Warp &w = block.warps[me / 32];
     const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    memcpy(w.left[me % 32], mine, sizeof mine);
+    memcpy(w.left[w.round % 2][me % 32], mine, sizeof mine);
     w.c[me % 32] = c;
     collective(bf16 ? Collective::mma_bf16 : Collective::mma_f16, [bf16](Warp &w) {
         const float *table = f16_table();
@@ -295,7 +295,7 @@ void mma(bool bf16, float *c, const uint32_t *a, uint32_t b0, uint32_t b1) {
         float am[16][16], bm[16][8], cm[16][8];
         for (int lane = 0; lane < 32; lane++) {
             uint32_t r[6];
-            memcpy(r, w.left[lane], sizeof r);
+            memcpy(r, w.left[w.round % 2][lane], sizeof r);
             const int g = lane / 4, t = lane % 4;
             for (int i = 0; i < 2; i++) {
                 am[g][2 * t + i] = value(r[0] >> 16 * i);

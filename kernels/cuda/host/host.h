@@ -48,9 +48,11 @@ Index3 block_dim();
 Index3 grid_dim();
 char *shared();
 void sync_block();
-// Leaves `mine` (at most 32 bytes) where the others see it and waits for the warp; afterwards
-// `all` holds what each lane left.
-void exchange(Collective what, const void *mine, size_t n, char (*all)[32]);
+// What each lane of a warp left for the others, at most 32 bytes.
+using Left = const char (*)[32];
+// Leaves `mine` where the others see it and waits for the warp. The result is good until the
+// thread's next collective has ended.
+Left exchange(Collective what, const void *mine, size_t n);
 void mma(bool bf16, float *c, const uint32_t *a, uint32_t b0, uint32_t b1);
 void copy_async(void *to, const void *from, bool wanted);
 void copy_commit();
@@ -67,13 +69,11 @@ uint16_t f32_to_bf16(float x);
 
 static inline void __syncthreads() { host::sync_block(); }
 static inline void __syncwarp() {
-    char all[32][32];
-    host::exchange(host::Collective::sync_warp, "", 0, all);
+    host::exchange(host::Collective::sync_warp, "", 0);
 }
 template <typename T>
 static inline T __shfl_sync(uint32_t, T x, int lane) {
-    char all[32][32];
-    host::exchange(host::Collective::shuffle, &x, sizeof x, all);
+    const host::Left all = host::exchange(host::Collective::shuffle, &x, sizeof x);
     memcpy(&x, all[lane & 31], sizeof x);
     return x;
 }
@@ -83,18 +83,16 @@ static inline T __shfl_xor_sync(uint32_t mask, T x, int step) {
 }
 template <typename T>
 static inline T __shfl_up_sync(uint32_t, T x, int step) {
-    char all[32][32];
-    host::exchange(host::Collective::shuffle, &x, sizeof x, all);
+    const host::Left all = host::exchange(host::Collective::shuffle, &x, sizeof x);
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (lane >= step) memcpy(&x, all[lane - step], sizeof x);
     return x;
 }
 static inline uint32_t __reduce_or_sync(uint32_t, uint32_t x) {
-    char all[32][32];
-    host::exchange(host::Collective::vote, &x, sizeof x, all);
-    for (auto &one : all) {
+    const host::Left all = host::exchange(host::Collective::vote, &x, sizeof x);
+    for (int lane = 0; lane < 32; lane++) {
         uint32_t y;
-        memcpy(&y, one, sizeof y);
+        memcpy(&y, all[lane], sizeof y);
         x |= y;
     }
     return x;

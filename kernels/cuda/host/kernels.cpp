@@ -10,6 +10,7 @@
 #include "../peak.cu"
 #include "../rank.cu"
 #include "../recur.cu"
+#include "../recur_chunk.cu"
 #include "../rms_norm.cu"
 #include "../rope.cu"
 #include "../swiglu.cu"

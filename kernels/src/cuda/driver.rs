@@ -21,7 +21,7 @@ macro_rules! images {
         )),*]
     };
 }
-static IMAGES: &[(&str, &Aligned<[u8]>)] = images!("add" "argmax" "attend" "cells" "gates" "get_rows" "mul_mat" "peak" "rank" "recur" "rms_norm" "rope" "swiglu");
+static IMAGES: &[(&str, &Aligned<[u8]>)] = images!("add" "argmax" "attend" "cells" "gates" "get_rows" "mul_mat" "peak" "rank" "recur" "recur_chunk" "rms_norm" "rope" "swiglu");
 
 /// More dynamic shared memory than this must be asked for, function by function.
 const SHARED_BYTES: u32 = 48 * 1024;
@@ -201,10 +201,19 @@ impl Driver {
     /// # Safety
     /// Nothing may refer to it any more.
     pub(crate) unsafe fn free(&self, allocation: &Allocation) {
-        if self.enter().is_ok() {
-            // SAFETY: allocated by `alloc`, unused by the caller's promise; waits for work that
-            // may still use it. A failure means the context is gone, and the memory with it.
-            let _ = unsafe { result::free_sync(allocation.address) };
+        if self.enter().is_err() {
+            // The context is gone, and the memory with it.
+            return;
+        }
+        use sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: allocated by `alloc`, unused by the caller's promise but for work that is still
+        // under way, which is waited for. Nothing is while a graph is captured: what the capture
+        // touches is held by it. A failure to free leaves nothing that could be done here.
+        unsafe {
+            if result::stream::is_capturing(self.stream) == Ok(CU_STREAM_CAPTURE_STATUS_NONE) {
+                let _ = result::stream::synchronize(self.stream);
+            }
+            let _ = result::free_sync(allocation.address);
         }
     }
 

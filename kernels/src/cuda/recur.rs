@@ -2,6 +2,7 @@
 
 use super::device::Shape;
 use super::{Device, Error, View, ViewMut};
+use crate::recur::CHUNK;
 pub use crate::recur::{Form, Rule};
 
 /// Sequences of one launch.
@@ -80,26 +81,50 @@ struct Args {
     n_sequences: i32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ChunkArgs {
+    sequence: Sequence,
+    operands: u64,
+    factors: u64,
+    first_chunk: i32,
+    n_chunks: i32,
+}
+
+/// Most room for the operands of the chunked form; longer calls take several rounds.
+const OPERAND_BYTES: usize = 64 << 20;
+/// Numbers of a chunk of a head beside its operands.
+const FACTORS: usize = 2 * CHUNK + 4;
+/// Tokens from which on [`Form::Auto`] takes chunks. By count of operations; not measured.
+const CHUNKED_FROM: usize = 2 * CHUNK;
+
 /// Runs the recurrence of every sequence in `seqs`, all heads and columns side by side.
 ///
-/// Normalisation is that of [`crate::recur::recur`]. The device has the form token by token only
-/// and uses it whatever `form` says, so results have the same bits however tokens are split over
-/// calls.
+/// Normalisation is that of [`crate::recur::recur`]. [`Form::Recurrent`] gives the same bits
+/// however tokens are split over calls; [`Form::Chunked`] differs from it by rounding, in products
+/// to 2^-16.
 ///
 /// # Errors
 /// If the driver refuses.
 ///
 /// # Panics
 /// If shapes do not fit together.
-pub fn recur(dev: &Device, _form: Form, seqs: &mut [Recur<'_>]) -> Result<(), Error> {
+pub fn recur(dev: &Device, form: Form, seqs: &mut [Recur<'_>]) -> Result<(), Error> {
     seqs.iter().for_each(check);
+    let chunked = |s: &Recur<'_>| match form {
+        Form::Recurrent => false,
+        Form::Chunked => true,
+        Form::Auto => s.n_tokens >= CHUNKED_FROM,
+    };
+    let work = |s: &&Recur<'_>| s.n_tokens > 0 && s.head_dim_v > 0;
+    for s in seqs.iter().filter(work).filter(|s| chunked(s)) {
+        walk_chunks(dev, s)?;
+    }
     for dim in [64, 128, MAX_DIM_K] {
-        let of_dim = |s: &&Recur<'_>| {
-            let padded = s.head_dim_k.next_power_of_two().max(64);
-            padded == dim && s.n_tokens > 0 && s.head_dim_v > 0
-        };
+        let of_dim = |s: &&Recur<'_>| padded(s) == dim && !chunked(s);
         let mut all: Vec<Sequence> = seqs
             .iter()
+            .filter(work)
             .filter(of_dim)
             .map(|s| describe(dev, s))
             .collect();
@@ -121,6 +146,55 @@ pub fn recur(dev: &Device, _form: Form, seqs: &mut [Recur<'_>]) -> Result<(), Er
             };
             // SAFETY: the struct is the kernel's, lengths are checked above.
             unsafe { dev.launch(kernel, Shape::row(n_blocks as u32, 256), &args)? };
+        }
+    }
+    Ok(())
+}
+
+/// Dimensions of a key that the kernels' registers are laid out for.
+fn padded(s: &Recur<'_>) -> usize {
+    s.head_dim_k.next_power_of_two().max(64)
+}
+
+/// One sequence in chunks: operands of as many chunks as there is room for, then the walk over
+/// them, and so on.
+fn walk_chunks(dev: &Device, s: &Recur<'_>) -> Result<(), Error> {
+    let dim = padded(s);
+    let operand_bytes = 4 * (192 * dim + 2 * CHUNK * CHUNK);
+    let bytes = s.n_head * (operand_bytes + 4 * FACTORS);
+    let n_chunks = s.n_tokens.div_ceil(CHUNK);
+    let together = (OPERAND_BYTES / bytes).clamp(1, n_chunks);
+    let workspace = dev.workspace(together * bytes)?;
+    let operands = workspace.address();
+    let sequence = describe(dev, s);
+    let (prepare, walk) = match dim {
+        64 => ("recur_prepare_64", "recur_walk_64"),
+        128 => ("recur_prepare_128", "recur_walk_128"),
+        _ => ("recur_prepare_256", "recur_walk_256"),
+    };
+    let shape = |x: usize, shared_words: usize| Shape {
+        grid: [x as u32, s.n_head as u32, 1],
+        block: [256, 1, 1],
+        shared_bytes: 4 * shared_words as u32,
+    };
+    let row = dim / 2 + 4;
+    for first in (0..n_chunks).step_by(together) {
+        let n = together.min(n_chunks - first);
+        let args = ChunkArgs {
+            sequence,
+            operands,
+            factors: operands + (together * s.n_head * operand_bytes) as u64,
+            first_chunk: first as i32,
+            n_chunks: n as i32,
+        };
+        let prepare_shape = shape(n, 4 * CHUNK * row + CHUNK * (CHUNK + 4) + 4 * CHUNK);
+        let slices = s.head_dim_v.div_ceil(COLUMNS);
+        let walk_shape = shape(slices, 2 * COLUMNS * (row + 2 * (CHUNK / 2 + 4)));
+        // SAFETY: the struct is the kernels', lengths are checked by the caller, and the workspace
+        // has room for `together` chunks.
+        unsafe {
+            dev.launch(prepare, prepare_shape, &args)?;
+            dev.launch(walk, walk_shape, &args)?;
         }
     }
     Ok(())

@@ -8,6 +8,7 @@
 mod add;
 mod argmax;
 mod attend;
+mod device;
 mod gates;
 mod graph;
 mod mul_mat;

@@ -56,7 +56,7 @@ impl Card {
     /// Opens card `n`.
     pub fn open(n: usize) -> Result<Arc<Card>> {
         let dev = cuda::Device::open(n).map_err(|source| Error::Device {
-            what: format!("--device cuda:{n}"),
+            what: format!("device cuda:{n}"),
             source,
         })?;
         Ok(Arc::new(Card {

@@ -13,7 +13,9 @@ pub use card::{Card, CardBuffer, CardPage};
 pub use rows::CardRows;
 
 use super::cpu::weight_type;
-use super::{Buffer, Cpu, Device, Matrix, Ops, Page, Recurrence, RopeKind, Rows, Rule, Table};
+use super::{
+    Buffer, Cpu, Device, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, Table,
+};
 use crate::error::{Error, Result};
 use crate::gguf::GgmlType;
 use crate::memory::store::Store;
@@ -32,6 +34,8 @@ use std::sync::{Arc, Mutex};
 
 /// Most rows of a pass worth recording: above, launching costs little beside computing.
 const RECORDED_ROWS: usize = 16;
+/// Bytes copied to measure bandwidth: several times any second-level cache.
+const PEAK_BYTES: usize = 512 << 20;
 /// Most heads of a recurrent memory.
 const MOST_HEADS: usize = 4096;
 
@@ -91,7 +95,7 @@ impl Cuda {
     /// What a recording of `pass` would hold beside the rows; `None` when it is not worth one.
     fn key(&self, pass: &Pass<'_>) -> Option<Key> {
         let (rows, at) = (&pass.rows, pass.rows.card()?);
-        if rows.n() > RECORDED_ROWS {
+        if rows.n() > RECORDED_ROWS || pass.hidden {
             return None;
         }
         let mut key = vec![
@@ -134,6 +138,19 @@ fn bytes_of(table: &Table) -> (WeightType, std::borrow::Cow<'_, [u8]>) {
 impl Ops for Cuda {
     fn name(&self) -> String {
         format!("cuda:{} {}", self.n, self.card.dev.name())
+    }
+
+    fn peak(&self) -> Result<Peak> {
+        let dev = &self.card.dev;
+        let error = |e| self.card.error("measuring peaks", e);
+        let free = dev.free_bytes().map_err(error)?;
+        let peak = cuda::peak::Peak::measure(dev, PEAK_BYTES.min(free / 4)).map_err(error)?;
+        Ok(Peak {
+            read: peak.copy,
+            matrix: peak.mma,
+            format: "f16",
+            rates: vec![("copy", peak.copy), ("mma", peak.mma)],
+        })
     }
 
     fn device(&self) -> &Device {
