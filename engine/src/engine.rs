@@ -55,6 +55,7 @@ impl Model {
         let arch = ARCHS.iter().find(|a| a.name == hparams.arch);
         let arch = arch.expect("hyperparameters are read for known architectures only");
         let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
+        ops.check_room(bytes_on_device(&gguf))?;
         let mut done = 0;
         let loader = Loader {
             ops,
@@ -109,6 +110,15 @@ impl Model {
             text: text.into(),
         }
     }
+}
+
+/// Bytes of the tensors that lie where the model runs: not the compressor, nor embeddings that are
+/// not the head as well.
+fn bytes_on_device(gguf: &Gguf) -> u64 {
+    let untied = gguf.tensor("output.weight").is_some();
+    let there = |name: &str| !(name.starts_with("mem.") || untied && name == "token_embd.weight");
+    let tensors = gguf.tensors().iter().filter(|t| there(&t.name));
+    tensors.map(|t| t.n_bytes).sum()
 }
 
 /// Opens a memory adapter and checks that it was made for this base.

@@ -110,6 +110,16 @@ pub enum Error {
         /// Why it failed.
         source: mneme_kernels::cuda::Error,
     },
+    /// The weights are more than a card has room for.
+    #[error("{device}: the weights take at least {needed} bytes and {free} are free")]
+    DeviceFull {
+        /// The card.
+        device: String,
+        /// Bytes of the tensors it would hold.
+        needed: u64,
+        /// Bytes free.
+        free: u64,
+    },
     /// Sequences of one pass keep their cells in different types.
     #[error("sequences of one pass must have the same types of keys and values")]
     MixedCells,

@@ -87,6 +87,9 @@ pub trait Ops: Send + Sync {
     /// The host's threads: for loading, and for the small parts of a memory that run there.
     fn host(&self) -> &Cpu;
 
+    /// Refuses weights of `n_bytes` that the device has no room for.
+    fn check_room(&self, n_bytes: u64) -> Result<()>;
+
     /// Makes `table` ready for [`Ops::mul_mat`].
     fn matrix(&self, table: Table) -> Result<Matrix>;
 

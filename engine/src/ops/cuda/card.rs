@@ -16,6 +16,7 @@ pub struct Card {
     /// Goes up when a buffer or a pool moves: what was recorded before holds old addresses.
     epoch: AtomicU64,
     next_id: AtomicU64,
+    pub(super) replays: AtomicU64,
 }
 
 /// F32 numbers on a card.
@@ -64,7 +65,13 @@ impl Card {
             pools: Mutex::default(),
             epoch: AtomicU64::new(0),
             next_id: AtomicU64::new(0),
+            replays: AtomicU64::new(0),
         }))
+    }
+
+    /// Passes that were one launch of a recording.
+    pub fn n_replays(&self) -> u64 {
+        self.replays.load(Ordering::Relaxed)
     }
 
     /// An error in what was being done.

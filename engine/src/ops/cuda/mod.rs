@@ -30,6 +30,7 @@ use mneme_kernels::quant::restate;
 use mneme_kernels::recur::Form;
 use rows::Arena;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 /// Most rows of a pass worth recording: above, launching costs little beside computing.
@@ -161,6 +162,19 @@ impl Ops for Cuda {
         &self.host
     }
 
+    fn check_room(&self, n_bytes: u64) -> Result<()> {
+        let free = self.card.dev.free_bytes();
+        let free = free.map_err(|e| self.card.error("asking for free memory", e))? as u64;
+        if n_bytes <= free {
+            return Ok(());
+        }
+        Err(Error::DeviceFull {
+            device: self.name(),
+            needed: n_bytes,
+            free,
+        })
+    }
+
     fn matrix(&self, table: Table) -> Result<Matrix> {
         // Refuses types that cannot be read at all.
         let table = self.host.table(table)?;
@@ -191,7 +205,10 @@ impl Ops for Cuda {
                 graphs.insert(key, Known::Seen);
                 self.failure()
             }
-            Some(Known::Recorded(graph)) => graph.launch(),
+            Some(Known::Recorded(graph)) => {
+                self.card.replays.fetch_add(1, Ordering::Relaxed);
+                graph.launch()
+            }
             Some(Known::Seen) => {
                 let graph = self.card.dev.capture(|| {
                     forward(pass);
