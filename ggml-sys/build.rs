@@ -233,6 +233,11 @@ impl Sources {
         let mut build = self.compiler(cpp);
         if native {
             build.flag_if_supported("-march=native");
+            // ggml's AMX code multiplies repacked weights and lives in files of its own, which no
+            // op that we compare with needs; without them it must not be referred to.
+            for flag in ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"] {
+                build.flag_if_supported(flag);
+            }
         }
         build.files(files.iter().map(|file| self.src.join(file)));
         build.compile(library);

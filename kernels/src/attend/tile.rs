@@ -31,6 +31,8 @@ pub(crate) struct PageKernels {
     pub(crate) weigh: unsafe fn(&mut Tile, *const u8, u64),
     /// Whether Q8_0 keys want queries as integers ([`Tile::q16`]).
     pub(crate) integer_q: bool,
+    /// Whether it wants them also as rows of bytes ([`Tile::q8`]).
+    pub(crate) byte_q: bool,
 }
 
 /// Where a head's cells end on this page, and how far the next page's are from there: what a
@@ -94,6 +96,8 @@ pub(crate) struct Tile {
     pub(crate) q16_bias: Vec<i32>,
     /// What an integer of `q16` is worth, `[row]`.
     pub(crate) q16_step: Vec<f32>,
+    /// The same, `[row / ROWS][dim / BLOCK][high, low][ROWS][BLOCK]` bytes.
+    pub(crate) q8: Vec<u8>,
     /// Scores in units of log 2, then weights, `[row][PAGE_CELLS]`.
     pub(crate) s: Buffer,
     /// Cells of the page that a row sees, `[row]`.
@@ -109,8 +113,10 @@ pub(crate) struct Tile {
     /// Room for a page of keys or values as F32.
     pub(crate) wide: Buffer,
     pub(crate) ahead: Ahead,
-    /// Room for integer weights, `[row][2][64]` bytes.
+    /// Room for integer weights, `[row][2][64]` bytes, for whole groups of `ROWS` rows.
     pub(crate) w16: Vec<u8>,
+    /// Room for tiles of integer sums.
+    pub(crate) sums: Buffer,
     /// Merged partitions: `[row]`, `[row]`, `[row][dim_v]`.
     total_m: Vec<f32>,
     total_l: Vec<f32>,
@@ -303,6 +309,7 @@ impl Tile {
             q: Buffer::default(),
             q16: Vec::new(),
             q16_bias: Vec::new(),
+            q8: Vec::new(),
             q16_step: Vec::new(),
             s: Buffer::default(),
             seen: Vec::new(),
@@ -317,6 +324,7 @@ impl Tile {
                 jump: 0,
             },
             w16: Vec::new(),
+            sums: Buffer::default(),
             total_m: Vec::new(),
             total_l: Vec::new(),
             total_acc: Vec::new(),
@@ -338,8 +346,9 @@ impl Tile {
         self.l.room(n * 16);
         self.acc.room(n * self.dim_v);
         self.wide
-            .room(n.max(PAGE_CELLS * self.dim_k.max(self.dim_v)));
-        self.w16.resize(n * 2 * PAGE_CELLS, 0);
+            .room((2 * n).max(PAGE_CELLS * self.dim_k.max(self.dim_v)));
+        self.w16
+            .resize(n.next_multiple_of(ROWS) * 2 * PAGE_CELLS, 0);
         self.seen.resize(n, 0);
         self.alpha.resize(n, 0.0);
         self.beta.resize(n, 0.0);
@@ -370,6 +379,9 @@ impl Tile {
         }
         if self.ty_k == KvType::Q8_0 && call.kernels.integer_q {
             self.quantize_q();
+            if call.kernels.byte_q {
+                self.byte_q();
+            }
         }
         if cells.top_k > 0 {
             self.choose(call, cells, task);
@@ -414,6 +426,27 @@ impl Tile {
                 let bias = &mut self.q16_bias[(row * n_blocks + word * 4 / BLOCK) * 2..];
                 bias[0] -= 128 * high.iter().map(|&b| i32::from(b)).sum::<i32>();
                 bias[1] -= 128 * low.iter().map(|&b| i32::from(b)).sum::<i32>();
+            }
+        }
+    }
+
+    /// Fills `q8` from `q16`.
+    fn byte_q(&mut self) {
+        let n_blocks = self.dim_k.div_ceil(BLOCK);
+        let n_words = n_blocks * BLOCK / 4;
+        self.q8.clear();
+        self.q8
+            .resize(self.n_rows.next_multiple_of(ROWS) * n_blocks * BLOCK * 2, 0);
+        for row in 0..self.n_rows {
+            for word in 0..n_words {
+                let from =
+                    row / ROWS_Q8 * ROWS_Q8 * n_words * 2 + word * 2 * ROWS_Q8 + row % ROWS_Q8;
+                let group = (row / ROWS * n_blocks + word * 4 / BLOCK) * 2 * ROWS;
+                for low in 0..2 {
+                    let to = (group + low * ROWS + row % ROWS) * BLOCK + word * 4 % BLOCK;
+                    let bytes = self.q16[from + low * ROWS_Q8].to_le_bytes();
+                    self.q8[to..][..4].copy_from_slice(&bytes);
+                }
             }
         }
     }

@@ -118,7 +118,9 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => Some(avx512::attend::KERNELS),
+        Isa::Amx => Some(amx::attend::KERNELS),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => Some(avx512::attend::KERNELS),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => Some(avx2::attend::KERNELS),
         // NEON is part of every AArch64: the lanes need no further caller.

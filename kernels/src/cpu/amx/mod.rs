@@ -3,6 +3,7 @@
 //! Rust's intrinsics for AMX are not stable, so the tile instructions are assembly. A tile at most
 //! 16 rows of 64 bytes.
 
+pub(crate) mod attend;
 pub(crate) mod mul_mat;
 mod pairs;
 pub(crate) mod recur;

@@ -14,6 +14,7 @@ pub(crate) const KERNELS: PageKernels = PageKernels {
     soft_max,
     weigh,
     integer_q: false,
+    byte_q: false,
 };
 
 /// 2^x for x <= 0, to 3e-7 relative; exactly 1 at 0, and 0 below -126.

@@ -19,6 +19,7 @@ pub(crate) const KERNELS: PageKernels = PageKernels {
     soft_max,
     weigh,
     integer_q: true,
+    byte_q: false,
 };
 
 /// Bytes from the cell in use to the one asked for. The processor's own prefetch stops at each
@@ -29,7 +30,7 @@ impl Ahead {
     /// Asks for the cache line `AHEAD` of `p`, on the next page if this head's cells end before.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn ask(self, p: *const u8) {
+    pub(crate) fn ask(self, p: *const u8) {
         let p = p.wrapping_add(AHEAD);
         let p = if p < self.end {
             p
@@ -433,58 +434,82 @@ unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
     }
 }
 
+/// Weights of the seen cells times the cells' scales as 16-bit integers: high bytes of 64 cells, then
+/// low bytes, for each row in [`Tile::w16`]; what they are worth in `steps`. Groups of four
+/// cells lie in order, or else as [`group_at`] says.
+///
+/// # Safety
+/// `scales` are those of a block of values; `steps` has room for a number a row.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) unsafe fn integer_weights<const IN_ORDER: bool>(
+    tile: &mut Tile,
+    scales: *const u8,
+    steps: *mut f32,
+) {
+    let s = tile.s.ptr();
+    let order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    // Rows of a query see the same cells; its scales are prepared once.
+    let mut prepared = 0;
+    let mut to_step = [_mm512_setzero_ps(); 4];
+    let mut largest = 0.0;
+    for row in 0..tile.n_rows {
+        // SAFETY: 64 scales; `w16` has 128 bytes, `s` `PAGE_CELLS` and `wide` one number a row.
+        unsafe {
+            if tile.seen[row] != prepared {
+                prepared = tile.seen[row];
+                let mut scale = [_mm512_setzero_ps(); 4];
+                for i in 0..4 {
+                    let mask = (prepared >> (16 * i)) as __mmask16;
+                    scale[i] = _mm512_maskz_mov_ps(mask, load::<F16>(scales, 16 * i));
+                }
+                largest = _mm512_reduce_max_ps(_mm512_max_ps(
+                    _mm512_max_ps(scale[0], scale[1]),
+                    _mm512_max_ps(scale[2], scale[3]),
+                ));
+                let inverse = if largest > 0.0 {
+                    65535.0 / largest
+                } else {
+                    0.0
+                };
+                for i in 0..4 {
+                    to_step[i] = _mm512_mul_ps(scale[i], _mm512_set1_ps(inverse));
+                }
+            }
+            let s = s.add(row * PAGE_CELLS);
+            let mut w = [_mm512_setzero_si512(); 4];
+            for i in 0..4 {
+                let weight = _mm512_mul_ps(_mm512_loadu_ps(s.add(16 * i)), to_step[i]);
+                w[i] = _mm512_cvtps_epi32(weight);
+            }
+            let a = _mm512_packus_epi32(w[0], w[1]);
+            let b = _mm512_packus_epi32(w[2], w[3]);
+            let byte = _mm512_set1_epi16(0xff);
+            let mut low = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+            let mut high =
+                _mm512_packus_epi16(_mm512_srli_epi16::<8>(a), _mm512_srli_epi16::<8>(b));
+            if IN_ORDER {
+                low = _mm512_permutexvar_epi32(order, low);
+                high = _mm512_permutexvar_epi32(order, high);
+            }
+            let to = tile.w16.as_mut_ptr().add(row * 2 * PAGE_CELLS);
+            _mm512_storeu_si512(to.cast(), high);
+            _mm512_storeu_si512(to.add(PAGE_CELLS).cast(), low);
+            steps.add(row).write(largest / 65535.0);
+        }
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn weigh_q8_0(tile: &mut Tile, values: *const u8, seen: u64) {
     let (n_rows, dim) = (tile.n_rows, tile.dim_v);
-    let (s, acc) = (tile.s.ptr(), tile.acc.ptr());
+    let acc = tile.acc.ptr();
     for chunk in 0..dim / BLOCK {
         // SAFETY: the chunk is a block of `V_BLOCK_BYTES`; `w16` has 128 bytes and the others
-        // `PAGE_CELLS`, `dim` and one number for each row.
+        // `dim` and one number for each row.
         unsafe {
             let values = values.add(chunk * V_BLOCK_BYTES);
-            let scales = values.add(PAGE_CELLS * BLOCK);
-            // Rows of a query see the same cells; its scales are prepared once.
-            let mut prepared = 0;
-            let mut to_step = [_mm512_setzero_ps(); 4];
-            let mut largest = 0.0;
-            for row in 0..n_rows {
-                if tile.seen[row] != prepared {
-                    prepared = tile.seen[row];
-                    let mut scale = [_mm512_setzero_ps(); 4];
-                    for i in 0..4 {
-                        let mask = (prepared >> (16 * i)) as __mmask16;
-                        scale[i] = _mm512_maskz_mov_ps(mask, load::<F16>(scales, 16 * i));
-                    }
-                    largest = _mm512_reduce_max_ps(_mm512_max_ps(
-                        _mm512_max_ps(scale[0], scale[1]),
-                        _mm512_max_ps(scale[2], scale[3]),
-                    ));
-                    let inverse = if largest > 0.0 {
-                        65535.0 / largest
-                    } else {
-                        0.0
-                    };
-                    for i in 0..4 {
-                        to_step[i] = _mm512_mul_ps(scale[i], _mm512_set1_ps(inverse));
-                    }
-                }
-                let s = s.add(row * PAGE_CELLS);
-                let mut w = [_mm512_setzero_si512(); 4];
-                for i in 0..4 {
-                    let weight = _mm512_mul_ps(_mm512_loadu_ps(s.add(16 * i)), to_step[i]);
-                    w[i] = _mm512_cvtps_epi32(weight);
-                }
-                let a = _mm512_packus_epi32(w[0], w[1]);
-                let b = _mm512_packus_epi32(w[2], w[3]);
-                let byte = _mm512_set1_epi16(0xff);
-                let low = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
-                let high =
-                    _mm512_packus_epi16(_mm512_srli_epi16::<8>(a), _mm512_srli_epi16::<8>(b));
-                let to = tile.w16.as_mut_ptr().add(row * 2 * PAGE_CELLS);
-                _mm512_storeu_si512(to.cast(), high);
-                _mm512_storeu_si512(to.add(PAGE_CELLS).cast(), low);
-                tile.wide.ptr().add(row).write(largest / 65535.0);
-            }
+            let steps = tile.wide.ptr();
+            integer_weights::<false>(tile, values.add(PAGE_CELLS * BLOCK), steps);
             for row in (0..n_rows).step_by(ROWS_Q8) {
                 let rows = RowsQ8 {
                     w: tile.w16.as_ptr().add(row * 2 * PAGE_CELLS),
