@@ -4,6 +4,9 @@
 #![no_main]
 
 // The server is part of a program, not of a library: its source is built into this target.
+#[allow(dead_code)]
+#[path = "../../cli/src/device.rs"]
+mod device;
 #[allow(dead_code, unused_imports)]
 #[path = "../../cli/src/serve/mod.rs"]
 mod serve;
