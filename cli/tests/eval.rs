@@ -400,3 +400,44 @@ fn the_demo_compares_and_answers_without_a_terminal() {
     let short = failure(&["demo", "-m", path(&plain), "--length", "50"]);
     assert!(short.contains("--length 50"), "{short}");
 }
+
+/// The trained model of the tree, through files, tokenizer, memory and report: it remembers what a
+/// window of the same bytes has lost, and cuts where facts end. Its card has the exact scores.
+#[test]
+fn the_model_of_the_tree_remembers() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/mneme-records.gguf");
+    let args = [
+        "eval",
+        "run",
+        "-m",
+        model,
+        "-t",
+        "2",
+        "--task",
+        "single",
+        "--length",
+        "1500",
+        "--facts",
+        "24",
+        "--questions",
+        "8",
+        "-n",
+        "6",
+        "--seed",
+        "4711",
+        "--equal-bytes",
+        "--arm",
+        "nodes",
+        "--arm",
+        "window",
+    ];
+    let report = json(&stdout(&args));
+    let arms = report["rows"].as_array().unwrap();
+    let mean = |arm: &Value| arm["score"]["mean"].as_f64().unwrap();
+    assert!(mean(&arms[0]) > 0.85, "{}", arms[0]["score"]);
+    assert!(mean(&arms[1]) < 0.4, "{}", arms[1]["score"]);
+    let fewer = arms[0]["cell_ratio"].as_f64().unwrap();
+    assert!(fewer > 8.0, "{}", arms[0]["held"]);
+    let f1 = arms[0]["boundary"]["f1_facts"].as_f64().unwrap();
+    assert!(f1 > 0.9, "{}", arms[0]["boundary"]);
+}
