@@ -1,23 +1,24 @@
 #!/bin/sh
-# Every figure of models/README.md: sh models/eval.sh > report.md   (from the root of the tree, after cargo build --release)
-# Texts come from seed 990001, which training never draws.
+# Every figure of models/README.md, as Markdown on standard output. From the root of the tree, after cargo build --release:
+#     sh models/eval.sh > scores.md
+# Texts come from a seed that training never draws.
 set -e
 M=${MODEL:-models/mneme-records.gguf}
-OUT=${OUT:-models/plots}
+PLOTS=${PLOTS:-models/plots}
 run() {
-    echo "## mneme eval run $*"
-    echo
-    ./target/release/mneme eval run -m "$M" -t "${THREADS:-1}" --seed 990001 "$@" -o /dev/null
-    echo
+    printf '\n### `mneme eval run %s`\n\n' "$*"
+    ./target/release/mneme eval run -m "$M" -t "${THREADS:-2}" --seed 990001 "$@" -o /dev/null
 }
-# One fact asked for, uneven density: learned cuts, and the same bytes spent otherwise.
-run --task single --length 2k --facts 24 --n 128 --equal-bytes --plot "$OUT" \
-    --arm nodes --arm nodes:decider=sentence --arm nodes:decider=stride --arm nodes:decider=random --arm window --arm full
-# The other tasks, learned cuts.
-run --task multi_key,update,multi_query,multi_value,tracking,aggregation --length 1k --facts 12 --n 64 --arm nodes
+# The same bytes spent on learned cuts, on others, and on a window; text of uneven density.
+run --task single --length 2k --facts 56 --questions 8 -n 64 --equal-bytes --plot "$PLOTS" \
+    --arm nodes --arm nodes:decider=sentence --arm nodes:decider=stride --arm nodes:decider=random --arm window
+# All tasks with learned cuts.
+run --task single,multi_key,update,multi_query,multi_value,tracking,aggregation --length 1k --facts 12 -n 48 --arm nodes
 # tau as a dial.
-run --task single --length 1k --facts 16 --n 48 --arm nodes --sweep tau=0.05,0.2,0.5,0.8,0.95
+run --task single --length 1k --facts 24 --questions 8 -n 24 --arm nodes \
+    --sweep tau=0.0005,0.001,0.003,0.01,0.05,0.2,0.5,0.8,0.9,0.95
 # Tokens per node held at a target.
-run --task single --length 4k --facts 64 --n 12 --arm nodes:target_rate=12 --arm nodes:target_rate=20 --arm nodes:target_rate=32
-# Length: about that of training, and 16 times that.
-run --task single --length 512,1k,2k,4k,8k,16k --facts 8 --n 24 --arm nodes --plot "$OUT"
+run --task single --length 4k --facts 64 --questions 8 -n 8 \
+    --arm nodes:target_rate=16 --arm nodes:target_rate=32 --arm nodes:target_rate=48
+# Length.
+run --task single --length 512,1k,2k,4k,8k,16k,32k --facts 24 --questions 8 -n 16 --plot "$PLOTS/length" --arm nodes --arm nodes:top_k=32
