@@ -7,7 +7,7 @@ M=${MODEL:-models/mneme-records.gguf}
 PLOTS=${PLOTS:-models/plots}
 run() {
     printf '\n### `mneme eval run %s`\n\n' "$*"
-    ./target/release/mneme eval run -m "$M" -t "${THREADS:-2}" --seed 990001 "$@" -o /dev/null
+    ./target/release/mneme eval run -m "$M" -t "${THREADS:-2}" --seed 990001 "$@" -o "$(mktemp)"
 }
 # The same bytes spent on learned cuts, on others, and on a window; text of uneven density.
 run --task single --length 2k --facts 56 --questions 8 -n 64 --equal-bytes --plot "$PLOTS" \

@@ -3,7 +3,7 @@
 //! Format: numpy.org/doc/stable/reference/generated/numpy.lib.format.html. Magic `\x93NUMPY`,
 //! version, length of a header that is a Python dictionary literal, the values in C order.
 
-use crate::report::temp_beside;
+use crate::report::{is_special, temp_beside};
 use anyhow::{Context, Result, bail};
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -190,6 +190,12 @@ impl RowWriter {
             .into_inner()
             .map_err(|e| e.into_error())
             .with_context(named)?;
+        if is_special(&self.path) {
+            let mut from = temp.reopen().with_context(named)?;
+            let to = std::fs::OpenOptions::new().write(true).open(&self.path);
+            std::io::copy(&mut from, &mut to.with_context(named)?).with_context(named)?;
+            return Ok(());
+        }
         temp.persist(&self.path)
             .map_err(|e| e.error)
             .with_context(named)?;

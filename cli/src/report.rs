@@ -40,9 +40,18 @@ impl Report {
     }
 }
 
-/// Writes `text` beside `path` and puts it in place, so that no half file is ever seen.
+/// Whether `path` is there and no regular file: a device or a pipe, which renaming would replace.
+pub fn is_special(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir())
+}
+
+/// Writes `text` beside `path` and puts it in place, so that no half file is ever seen; straight to
+/// devices and pipes.
 pub fn write_text(path: &Path, text: &str) -> Result<()> {
     let named = || path.display().to_string();
+    if is_special(path) {
+        return std::fs::write(path, text).with_context(named);
+    }
     let mut temp = temp_beside(path)?;
     temp.write_all(text.as_bytes()).with_context(named)?;
     temp.persist(path)
@@ -120,5 +129,23 @@ mod tests {
         assert!(check(Path::new("a.svg")).is_ok());
         assert!(check(Path::new("a.png")).is_err());
         assert!(check(Path::new("svg")).is_err());
+    }
+    /// As root, renaming a report over /dev/null would leave the system without it.
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_is_written_to_and_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || std::fs::read_to_string(pipe).unwrap()
+        });
+        write_text(&pipe, "text").unwrap();
+        assert_eq!(reader.join().unwrap(), "text");
+        assert!(is_special(&pipe));
+        let missing = dir.path().join("missing");
+        assert!(!is_special(&missing) && !is_special(dir.path()));
     }
 }

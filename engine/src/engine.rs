@@ -612,6 +612,9 @@ impl Sequence {
             path: path.to_owned(),
             source,
         };
+        if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+            return Err(io(std::io::Error::other("is there and no regular file")));
+        }
         let dir = match path.parent() {
             Some(dir) if !dir.as_os_str().is_empty() => dir,
             _ => Path::new("."),

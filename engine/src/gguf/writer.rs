@@ -307,6 +307,10 @@ fn data_size(t: &Planned, got: u64) -> ErrorKind {
 
 /// A temporary file in the folder of `path`, so that renaming it stays within one file system.
 fn temp_beside(path: &Path) -> std::io::Result<NamedTempFile> {
+    if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+        // Renaming would replace a device or a pipe.
+        return Err(std::io::Error::other("is there and no regular file"));
+    }
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
