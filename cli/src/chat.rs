@@ -7,7 +7,7 @@
 use crate::args::{GrammarArgs, MemoryArgs, ModelArgs, SamplingArgs, human_bytes, parse_positive};
 use crate::generate::{Limits, Speaker, Stop};
 use crate::interrupt::{self, Interrupted};
-use crate::saved::Saved;
+use crate::saved::{Saved, Turn};
 use anyhow::{Context, Result, bail};
 use mneme_engine::chat::{ChatTemplate, RenderInput};
 use mneme_engine::grammar::Grammar;
@@ -80,14 +80,6 @@ A line that ends in \\ goes on in the next one.";
 
 fn parse_object(text: &str) -> Result<Map<String, Value>, String> {
     serde_json::from_str(text).map_err(|e| format!("expected a JSON object: {e}"))
-}
-
-/// A moment before a message of the user.
-struct Turn {
-    n_past: usize,
-    n_messages: usize,
-    rendered: String,
-    pending: Vec<u32>,
 }
 
 struct Chat<'a> {
@@ -339,6 +331,19 @@ impl Chat<'_> {
         })?)
     }
 
+    /// The sequence now holds `text`, which need not begin as what it held before: then turns are
+    /// returned to by their tokens alone.
+    fn set_rendered(&mut self, text: String) {
+        let bytes = text.bytes().zip(self.rendered.bytes());
+        let same = bytes.take_while(|(a, b)| a == b).count();
+        for turn in &mut self.turns {
+            if turn.n_rendered > same {
+                turn.n_rendered = 0;
+            }
+        }
+        self.rendered = text;
+    }
+
     /// Brings the sequence to hold `text`; returns the logits after it, or nothing when it already
     /// does.
     fn read(&mut self, text: String) -> Result<Option<Vec<f32>>> {
@@ -362,7 +367,7 @@ impl Chat<'_> {
             // The last token is always read, for its logits.
             same = same.min(tokens.len().saturating_sub(1));
             if same < held.len() {
-                same = self.seq.truncate(same);
+                same = self.seq.truncate(self.engine.ops(), same);
             }
             tokens.drain(..same);
         }
@@ -378,12 +383,12 @@ impl Chat<'_> {
         };
         match speaker.read(&tokens, self.args.batch_size) {
             Ok(logits) => {
-                self.rendered = text;
+                self.set_rendered(text);
                 Ok(Some(logits))
             }
             Err(e) => {
                 // What the sequence holds now is only known by its tokens.
-                self.rendered.clear();
+                self.set_rendered(String::new());
                 Err(e)
             }
         }
@@ -414,7 +419,7 @@ impl Chat<'_> {
         self.turns.push(Turn {
             n_past: self.seq.n_past(),
             n_messages: self.messages.len(),
-            rendered: self.rendered.clone(),
+            n_rendered: self.rendered.len(),
             pending: self.pending.clone(),
         });
     }
@@ -452,7 +457,7 @@ impl Chat<'_> {
         let answer = match answer {
             Ok(answer) => answer,
             Err(e) => {
-                self.rendered.clear();
+                self.set_rendered(String::new());
                 return Err(e);
             }
         };
@@ -480,9 +485,9 @@ impl Chat<'_> {
         let tokens = self.seq.tokens()[..turn.n_past].to_vec();
         self.messages.truncate(turn.n_messages);
         self.draft.clear();
-        let held = self.seq.truncate(turn.n_past);
+        let held = self.seq.truncate(self.engine.ops(), turn.n_past);
         self.pending = turn.pending;
-        self.rendered = turn.rendered;
+        self.rendered.truncate(turn.n_rendered);
         // Memories that cannot go back exactly return to a mark; the rest is read again.
         let rest = &tokens[held..];
         if !rest.is_empty() {
@@ -542,6 +547,7 @@ impl Chat<'_> {
             sampler: self.sampler.save(),
             messages: self.messages.clone(),
             rendered: self.rendered.clone(),
+            turns: self.turns.clone(),
         };
         saved.save(&self.seq, path)
     }
@@ -557,7 +563,7 @@ impl Chat<'_> {
         self.pending = saved.pending;
         self.messages = saved.messages;
         self.rendered = saved.rendered;
-        self.turns.clear();
+        self.turns = saved.turns;
         self.draft.clear();
         Ok(())
     }

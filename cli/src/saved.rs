@@ -9,6 +9,20 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
 
+/// A moment before a message of the user, to go back to.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Turn {
+    /// Tokens read by then.
+    pub n_past: usize,
+    /// Messages said by then.
+    pub n_messages: usize,
+    /// Bytes of [`Saved::rendered`] that had been read or were pending; 0 where its beginning was
+    /// another text then.
+    pub n_rendered: usize,
+    /// Tokens said and not yet read.
+    pub pending: Vec<u32>,
+}
+
 /// The caller's part of a session file, as JSON.
 #[derive(Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -21,6 +35,8 @@ pub struct Saved {
     pub messages: Vec<serde_json::Value>,
     /// The text that has been read, of `chat`.
     pub rendered: String,
+    /// The moments to go back to, of `chat`, oldest first.
+    pub turns: Vec<Turn>,
 }
 
 impl Saved {
@@ -48,10 +64,25 @@ impl Saved {
                 .with_context(|| format!("session {}", path.display()))?,
         };
         let n_vocab = model.hparams().n_vocab;
-        if let Some(id) = saved.pending.iter().find(|id| **id as usize >= n_vocab) {
+        let pending = saved.turns.iter().flat_map(|turn| &turn.pending);
+        let mut pending = pending.chain(&saved.pending);
+        if let Some(id) = pending.find(|id| **id as usize >= n_vocab) {
             bail!(
                 "session {}: token id {id} is outside the vocabulary of {n_vocab}",
                 path.display()
+            );
+        }
+        let sound = |turn: &Turn| {
+            turn.n_past <= seq.n_past()
+                && turn.n_messages <= saved.messages.len()
+                && saved.rendered.is_char_boundary(turn.n_rendered)
+        };
+        if let Some(nth) = saved.turns.iter().position(|turn| !sound(turn)) {
+            bail!(
+                "session {}: turn {} of {} lies outside the conversation",
+                path.display(),
+                nth + 1,
+                saved.turns.len()
             );
         }
         Ok((seq, saved))

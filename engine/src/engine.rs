@@ -568,14 +568,14 @@ impl Sequence {
     }
 
     /// Goes back to at most `n` tokens and returns how many are still known: `n` where the memory
-    /// can take tokens back, else the last mark at or before `n`, else 0. The rest of the `n` must
-    /// be fed again.
-    pub fn truncate(&mut self, n: usize) -> usize {
+    /// can take tokens back, else the last cut (`nodes`, `gist`) or mark before, else 0. The rest of
+    /// the `n` must be fed again.
+    pub fn truncate(&mut self, ops: &dyn Ops, n: usize) -> usize {
         let n = n.min(self.tokens.len());
         self.marks.retain(|(at, _)| *at <= n);
         // A memory that cannot go back empties itself: try on a fork.
         let mut memory = self.memory.fork();
-        let mut held = memory.truncate(n);
+        let mut held = memory.truncate(ops, &self.tokens, n);
         if let Some((at, mark)) = self.marks.last()
             && *at > held
         {

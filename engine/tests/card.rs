@@ -276,7 +276,7 @@ fn sessions_forks_and_marks_are_exact() {
         let (mut again, _) = Sequence::load(&p.card.model, &path, 0).expect(memory);
         let got = run(&mut p.card, &mut again, &ids[t..], 8, 8);
         assert_eq!(worst(&got, &expected), 0.0, "{memory}: a session goes on");
-        assert_eq!(seq.truncate(t), t, "{memory}");
+        assert_eq!(seq.truncate(p.card.ops(), t), t, "{memory}");
         let got = run(&mut p.card, &mut seq, &ids[t..], 8, 8);
         assert_eq!(worst(&got, &expected), 0.0, "{memory}: back to the mark");
         let got = run(&mut p.card, &mut fork, &ids[t..], 8, 8);

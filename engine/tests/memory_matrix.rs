@@ -286,17 +286,17 @@ fn going_back_to_a_mark_is_exact_and_a_fork_is_its_own() {
         seq.mark();
         let mut fork = seq.fork();
         let expected = b.feed(&mut seq, &ids[t..], Want::All);
-        let held = seq.truncate(t);
+        let held = seq.truncate(b.engine.ops(), t);
         assert_eq!(held, t, "{}: a mark is returned to exactly", b.memory);
         // Another future first, so that the way back must undo it.
         b.feed(&mut seq, &ids[..t.min(20)], Want::None);
-        assert_eq!(seq.truncate(t), t);
+        assert_eq!(seq.truncate(b.engine.ops(), t), t);
         let got = b.feed(&mut seq, &ids[t..], Want::All);
         b.same(&got, &expected, 0.0, "rollback");
         let got = b.feed(&mut fork, &ids[t..], Want::All);
         b.same(&got, &expected, 0.0, "fork");
         // Anywhere else: what is held is a prefix, and feeding the rest again is exact.
-        let held = seq.truncate(t + 3);
+        let held = seq.truncate(b.engine.ops(), t + 3);
         assert!(held <= t + 3 && seq.n_past() == held);
         let rest = b.feed(&mut seq, &ids[held..], Want::All);
         let tail = expected.len().min(rest.len());
@@ -307,6 +307,88 @@ fn going_back_to_a_mark_is_exact_and_a_fork_is_its_own() {
             slack,
             "truncate",
         );
+    }
+}
+
+/// Rows of [`ROWS`] that go back to a cut without having marked it.
+fn rewinds(memory: &str) -> bool {
+    let never = ["entropy", "node_max", "reset=never", "window"];
+    let segments = memory.starts_with("nodes") || memory.starts_with("gist");
+    segments && !never.iter().any(|word| memory.contains(word))
+}
+
+#[test]
+fn going_back_anywhere_reads_one_segment_again() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("session");
+    for mut b in rows().filter(|b| rewinds(b.memory)) {
+        let ids = b.ids.clone();
+        let (expected, seq) = b.run(&ids, 16);
+        let width = expected.len() / ids.len();
+        let nodes = seq.nodes();
+        let longest = seq.stats().longest_segment;
+        seq.save(&path, b"").expect("saved");
+        for n in [1, 9, ids.len() / 3, ids.len() / 2, ids.len() - 1] {
+            let (mut again, _) = Sequence::load(&b.engine.model, &path, 0).expect("readable");
+            let held = again.truncate(b.engine.ops(), n);
+            assert!(held <= n && again.n_past() == held, "{}", b.memory);
+            // The gist tokens of a group are read again with their segment.
+            const GROUP: usize = 4;
+            assert!(
+                n - held <= longest + GROUP,
+                "{}: {} tokens to read again for {n}, segments of {longest}",
+                b.memory,
+                n - held
+            );
+            // Another future first, so that the way back must undo it.
+            b.feed(&mut again, &ids[held..n], Want::None);
+            b.feed(&mut again, &ids[..9], Want::None);
+            let held = again.truncate(b.engine.ops(), n);
+            let got = b.feed(&mut again, &ids[held..], Want::All);
+            b.same(&got, &expected[held * width..], 0.0, "rewind");
+            assert_eq!(again.nodes(), nodes, "{}", b.memory);
+            let (a, e) = (again.stats(), seq.stats());
+            assert_eq!(
+                (a.n_entries, a.n_cells, a.rate, a.rate_spread, a.tau),
+                (e.n_entries, e.n_cells, e.rate, e.rate_spread, e.tau),
+                "{}",
+                b.memory
+            );
+        }
+    }
+}
+
+#[test]
+fn going_back_in_a_long_text_runs_from_a_checkpoint() {
+    for memory in [
+        "nodes:position=compact,sinks=3",
+        "nodes:decider=sentence,max=70",
+        "nodes:target_rate=6",
+    ] {
+        let rows = rows().filter(|b| b.memory.starts_with("nodes") && b.type_kv == KvType::F16);
+        let mut b = rows.into_iter().next().expect("a row of nodes");
+        let n_vocab = b.engine.model.hparams().n_vocab as u32;
+        let ids: Vec<u32> = (0..3000u32).map(|i| i * i * 7 % n_vocab).collect();
+        let options = SequenceOptions {
+            n_ctx: ids.len(),
+            ..SequenceOptions::default()
+        };
+        let spec = memory.parse().expect(memory);
+        let mut seq = b.engine.sequence(&spec, options).expect(memory);
+        b.feed(&mut seq, &ids, Want::None);
+        let mut whole = seq.fork();
+        let expected = b.feed(&mut whole, &ids[..20], Want::All);
+        for n in [2999, 2050, 1024, 700] {
+            let held = seq.truncate(b.engine.ops(), n);
+            let longest = whole.stats().longest_segment;
+            assert!(n - held <= longest, "{memory}: back to {held} for {n}");
+            b.feed(&mut seq, &ids[held..n], Want::None);
+            let mut again = seq.fork();
+            b.feed(&mut again, &ids[n..], Want::None);
+            let got = b.feed(&mut again, &ids[..20], Want::All);
+            b.same(&got, &expected, 0.0, memory);
+            assert_eq!(again.nodes(), whole.nodes(), "{memory}");
+        }
     }
 }
 

@@ -77,6 +77,26 @@ fn undo_takes_a_turn_back() {
 }
 
 #[test]
+fn undo_reaches_behind_a_saved_session() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("chat.session");
+    for (name, memory) in [
+        ("qwen2-tiny", "full"),
+        ("ahn-gdn-tiny", "ahn:window=12,sinks=2"),
+        ("nodes-linear", "nodes"),
+    ] {
+        let flags = ["--memory", memory, "--temp", "0"];
+        let whole = chat(name, &flags, "One.\nTwo.\n");
+        let save = format!("One.\nThree is a longer message.\n/save {}\n", text(&path));
+        chat(name, &flags, &save);
+        let load = format!("/load {}\n/undo\nTwo.\n", text(&path));
+        let undone = chat(name, &flags, &load);
+        let last = |s: &str| s.lines().last().map(str::to_owned);
+        assert_eq!(last(&undone), last(&whole), "{name} {memory}\n{undone}");
+    }
+}
+
+#[test]
 fn a_file_is_part_of_the_next_message() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notes.txt");

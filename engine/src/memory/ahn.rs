@@ -363,7 +363,7 @@ impl Memory for Ahn {
         plan.n_tokens
     }
 
-    fn truncate(&mut self, n: usize) -> usize {
+    fn truncate(&mut self, _: &dyn Ops, _: &[u32], n: usize) -> usize {
         // The state cannot forget: only what has not left the window can be taken back.
         let n = n.min(self.span.n_tokens);
         let capacity = self.span.window + self.span.sinks;

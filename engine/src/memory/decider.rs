@@ -168,6 +168,15 @@ pub struct Controller {
 const CONTROL_TOKENS: f64 = 48.0;
 
 impl Controller {
+    /// The same aim at the start of a text.
+    pub fn anew(self) -> Controller {
+        Controller {
+            n_tokens: 0,
+            n_slots: 0,
+            ..self
+        }
+    }
+
     /// The threshold to use now, around the file's own `tau`.
     pub fn tau(&self, tau: f32) -> f32 {
         let ahead = self.n_slots as f64 * self.target - self.n_tokens as f64;

@@ -60,7 +60,7 @@ impl Memory for Full {
         plan.n_tokens
     }
 
-    fn truncate(&mut self, n: usize) -> usize {
+    fn truncate(&mut self, _: &dyn Ops, _: &[u32], n: usize) -> usize {
         let n = (n as u64).min(self.store.raw_end());
         self.store.truncate(0, n);
         n as usize

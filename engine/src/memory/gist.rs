@@ -121,6 +121,32 @@ impl Gist {
         (at, plan)
     }
 
+    /// Where the stream stood after the last whole group of gist tokens within the first `n` of
+    /// `tokens`, and the kept cells of then. No later entry sees a raw cell of before.
+    fn before_segment(&self, tokens: &[u32], n: usize) -> Option<(At, usize)> {
+        if self.window > 0 {
+            return None;
+        }
+        let gist = |i: usize| self.ids.contains(&tokens[i]);
+        let last = *self.ids.last()?;
+        let after_group = |&i: &usize| tokens[i - 1] == last && !gist(i);
+        let n_tokens = (1..=n).rev().find(after_group)?;
+        let is_sink =
+            |i: usize| i < self.sinks || (i == 0 && self.keep_bos && self.bos == Some(tokens[0]));
+        let n_kept = (0..n_tokens).filter(|&i| is_sink(i) || gist(i)).count();
+        let n_nodes = self.at.nodes.partition_point(|&(_, end)| end < n_tokens);
+        let nodes = self.at.nodes[..n_nodes].to_vec();
+        let at = At {
+            n_tokens,
+            n_sinks: (0..n_tokens).filter(|&i| is_sink(i)).count(),
+            seg_start: nodes.last()?.0,
+            seg_raw: (n_tokens - n_kept) as u64,
+            last: Some(last),
+            nodes,
+        };
+        Some((at, n_kept))
+    }
+
     /// First raw cell any later entry may see.
     fn first_seen(&self) -> u64 {
         let open = self.at.last.is_none_or(|l| !self.ids.contains(&l));
@@ -165,13 +191,21 @@ impl Memory for Gist {
         plan.n_tokens
     }
 
-    fn truncate(&mut self, n: usize) -> usize {
+    fn truncate(&mut self, _: &dyn Ops, tokens: &[u32], n: usize) -> usize {
         if n >= self.at.n_tokens {
             return self.at.n_tokens;
         }
-        self.at = At::default();
-        self.store.clear();
-        0
+        match self.before_segment(tokens, n) {
+            Some((at, n_kept)) => {
+                self.store.rewind(n_kept, at.seg_raw);
+                self.at = at;
+            }
+            None => {
+                self.at = At::default();
+                self.store.clear();
+            }
+        }
+        self.at.n_tokens
     }
 
     fn fork(&self) -> Box<dyn Memory> {

@@ -215,9 +215,10 @@ pub trait Memory: Send {
         logits: Option<&[f32]>,
     ) -> usize;
 
-    /// Forgets tokens from the end until at most `n` remain and returns how many do remain: as
-    /// many as are still exactly known, often fewer than `n`.
-    fn truncate(&mut self, n: usize) -> usize;
+    /// Forgets from the end of `tokens`, which are all that were read, until at most `n` remain and
+    /// returns how many do remain: as many as are still exactly known, often fewer than `n`. The
+    /// rest of the `n` must be the next that are read.
+    fn truncate(&mut self, ops: &dyn Ops, tokens: &[u32], n: usize) -> usize;
 
     /// A second memory with the same content; pages are shared until written.
     fn fork(&self) -> Box<dyn Memory>;

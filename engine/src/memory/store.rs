@@ -406,6 +406,21 @@ impl Store {
         self.trim();
     }
 
+    /// Forgets the newest kept cells and every raw cell; the next raw cell is number `raw_end`. The
+    /// numbers of raw cells decide in which order attention adds them up: going back to a number
+    /// gives the bits of never having gone on.
+    pub fn rewind(&mut self, n_kept: usize, raw_end: u64) {
+        assert!(n_kept <= self.n_kept && raw_end <= self.raw_end);
+        for cells in &mut self.layers {
+            cells.raw.clear();
+            cells.gates.clear();
+            cells.raw_begin = raw_end;
+        }
+        self.n_kept = n_kept;
+        self.raw_end = raw_end;
+        self.trim();
+    }
+
     /// First raw cell that each of the layers marked still holds; 0 if none is marked.
     pub fn first_raw(&self, marked: &[bool]) -> u64 {
         let layers = self.layers.iter().zip(marked).filter(|(_, m)| **m);

@@ -165,7 +165,7 @@ impl Memory for Window {
         plan.n_tokens
     }
 
-    fn truncate(&mut self, n: usize) -> usize {
+    fn truncate(&mut self, _: &dyn Ops, _: &[u32], n: usize) -> usize {
         self.span.truncate(&mut self.store, n)
     }
 

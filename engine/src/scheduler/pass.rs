@@ -131,11 +131,11 @@ impl Scheduler {
         let held = match other {
             Some((n, from)) if n > common + MIN_SHARE && spec.name == "full" => {
                 let mut fork: Sequence = self.slots[from].seq.fork();
-                let held = fork.truncate(n);
+                let held = fork.truncate(self.engine.ops(), n);
                 self.slots[id].seq = fork;
                 held
             }
-            _ => self.slots[id].seq.truncate(common),
+            _ => self.slots[id].seq.truncate(self.engine.ops(), common),
         };
         Ok((held, marks(spec.name.as_str(), held, common, most)))
     }
@@ -398,7 +398,7 @@ impl Scheduler {
         };
         let mut pending = slot.seq.tokens()[n_keep + n_discard..].to_vec();
         pending.append(&mut task.pending);
-        let held = slot.seq.truncate(n_keep);
+        let held = slot.seq.truncate(self.engine.ops(), n_keep);
         let mut again = task.job.prompt.get(held..n_keep).unwrap_or(&[]).to_vec();
         again.append(&mut pending);
         task.pending = again;

@@ -4,6 +4,7 @@
 //! Kept cells, in order: the sinks (the first `sinks` entries), then the slots of the nodes in the
 //! order of the text. Raw cells are all other tokens.
 
+mod rewind;
 mod saved;
 
 use super::decider::{Controller, Decider, sentence_ends_at, splitmix64};
@@ -15,6 +16,7 @@ use crate::ops::{Cpu, Ops};
 use crate::session::{Decoder, Encoder};
 use mneme_kernels::attend::Visible;
 use std::io;
+use std::sync::Arc;
 
 /// Tokens per pass under the entropy rule, which learns of a cut only after the pass.
 const ENTROPY_CHUNK: usize = 32;
@@ -120,6 +122,8 @@ struct Nodes {
     store: Store,
     state: State,
     nodes: Vec<Node>,
+    /// States to run forward from when tokens are taken back, oldest first; see `rewind`.
+    checkpoints: Vec<Arc<State>>,
     next: Option<Next>,
 }
 
@@ -195,28 +199,9 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
     }
     let mut memory = Nodes {
         store: ctx.store(),
-        state: State {
-            n_tokens: 0,
-            n_entries: 0,
-            pos: 0,
-            seg_start: 0,
-            seg_pos: 0,
-            seg_raw: 0,
-            seg_sinks: 0,
-            trunk: tensors.start(),
-            active: vec![0.0; tensors.active_len()],
-            last: None,
-            before: None,
-            control: None,
-            next_id: 0,
-            seg_count: 0,
-            seg_sum: 0.0,
-            seg_squares: 0.0,
-            seg_longest: 0,
-            surprisal: (0.0, 0.0),
-            logits: Vec::new(),
-        },
+        state: State::start(tensors, None),
         nodes: Vec::new(),
+        checkpoints: Vec::new(),
         next: None,
         ctx: ctx.clone(),
         cfg,
@@ -230,6 +215,31 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
 }
 
 impl State {
+    /// Before the first token.
+    fn start(tensors: &NodeTensors, control: Option<Controller>) -> State {
+        State {
+            n_tokens: 0,
+            n_entries: 0,
+            pos: 0,
+            seg_start: 0,
+            seg_pos: 0,
+            seg_raw: 0,
+            seg_sinks: 0,
+            trunk: tensors.start(),
+            active: vec![0.0; tensors.active_len()],
+            last: None,
+            before: None,
+            control,
+            next_id: 0,
+            seg_count: 0,
+            seg_sum: 0.0,
+            seg_squares: 0.0,
+            seg_longest: 0,
+            surprisal: (0.0, 0.0),
+            logits: Vec::new(),
+        }
+    }
+
     /// Whether the segment that ends with the last token is closed now that `next` arrives.
     fn cuts(&mut self, ctx: &Context, cfg: &Config, next: u32) -> bool {
         let len = self.n_tokens - self.seg_start;
@@ -250,6 +260,40 @@ impl State {
         }
         let tau = self.control.map_or(cfg.tau, |c| c.tau(cfg.tau));
         len >= cfg.max_segment || (len >= cfg.min_segment && last.p > tau)
+    }
+
+    /// The open segment has left its `n_slots` entries; the next begins at raw cell `seg_raw`.
+    fn close(&mut self, n_slots: usize, seg_raw: u64) {
+        let len = self.n_tokens - self.seg_start;
+        self.next_id += 1;
+        self.seg_count += 1;
+        self.seg_sum += len as f64;
+        self.seg_squares += (len * len) as f64;
+        self.seg_longest = self.seg_longest.max(len);
+        self.seg_start = self.n_tokens;
+        self.seg_pos = self.pos;
+        self.seg_raw = seg_raw;
+        self.seg_sinks = 0;
+        if let Some(control) = &mut self.control {
+            control.n_slots += n_slots as u64;
+        }
+    }
+
+    /// One more token has become an entry.
+    fn take(&mut self, id: u32, p: f32, r: Box<[f32]>) {
+        self.pos += 1;
+        self.n_entries += 1;
+        self.last = Some(Last {
+            id,
+            before: self.before,
+            p,
+            r,
+        });
+        self.before = Some(id);
+        self.n_tokens += 1;
+        if let Some(control) = &mut self.control {
+            control.n_tokens += 1;
+        }
     }
 }
 
@@ -462,19 +506,7 @@ impl Nodes {
                     n_cells,
                 });
                 rs.extend_from_slice(&last.r);
-                state.next_id += 1;
-                let len = state.n_tokens - state.seg_start;
-                state.seg_count += 1;
-                state.seg_sum += len as f64;
-                state.seg_squares += (len * len) as f64;
-                state.seg_longest = state.seg_longest.max(len);
-                state.seg_start = state.n_tokens;
-                state.seg_pos = state.pos;
-                state.seg_raw = raw_end + raw as u64;
-                state.seg_sinks = 0;
-                if let Some(control) = &mut state.control {
-                    control.n_slots += n_slots as u64;
-                }
+                state.close(n_slots, raw_end + raw as u64);
             }
             if i == n {
                 break;
@@ -506,19 +538,8 @@ impl Nodes {
                     },
                 });
             }
-            state.pos += 1;
-            state.n_entries += 1;
-            state.last = Some(Last {
-                id: tokens[i],
-                before: state.before,
-                p: p.get(i).copied().unwrap_or(0.0),
-                r: r[i * c..(i + 1) * c].into(),
-            });
-            state.before = Some(tokens[i]);
-            state.n_tokens += 1;
-            if let Some(control) = &mut state.control {
-                control.n_tokens += 1;
-            }
+            let p = p.get(i).copied().unwrap_or(0.0);
+            state.take(tokens[i], p, r[i * c..(i + 1) * c].into());
         }
         plan.embeds = tensors.slots(ops, &rs, new_nodes.len());
         let next = Next {
@@ -663,42 +684,20 @@ impl Memory for Nodes {
         self.state = next.state;
         let first_seen = self.first_seen();
         self.store.release_raw(first_seen, |_| true);
+        self.keep_checkpoint(rewind::SPACING);
         n_tokens
     }
 
-    fn truncate(&mut self, n: usize) -> usize {
-        // The trunk's state cannot run backwards; marks of the sequence can.
+    fn truncate(&mut self, ops: &dyn Ops, tokens: &[u32], n: usize) -> usize {
         if n >= self.state.n_tokens {
             return self.state.n_tokens;
         }
-        let tensors = self.ctx.weights.nodes.as_ref().expect("checked when built");
-        let control = self.state.control.map(|c| Controller {
-            n_tokens: 0,
-            n_slots: 0,
-            ..c
-        });
-        self.state = State {
-            n_tokens: 0,
-            n_entries: 0,
-            pos: 0,
-            seg_start: 0,
-            seg_pos: 0,
-            seg_raw: 0,
-            seg_sinks: 0,
-            trunk: tensors.start(),
-            active: vec![0.0; tensors.active_len()],
-            last: None,
-            before: None,
-            control,
-            next_id: 0,
-            seg_count: 0,
-            seg_sum: 0.0,
-            seg_squares: 0.0,
-            seg_longest: 0,
-            surprisal: (0.0, 0.0),
-            logits: Vec::new(),
-        };
+        if let Some(held) = self.rewind(ops.host(), tokens, n) {
+            return held;
+        }
+        self.state = State::start(self.tensors(), self.state.control.map(Controller::anew));
         self.nodes.clear();
+        self.checkpoints.clear();
         self.store.clear();
         0
     }
@@ -710,6 +709,7 @@ impl Memory for Nodes {
             store: self.store.clone(),
             state: self.state.clone(),
             nodes: self.nodes.clone(),
+            checkpoints: self.checkpoints.clone(),
             next: None,
         })
     }
@@ -720,6 +720,7 @@ impl Memory for Nodes {
         for node in &self.nodes {
             node.save(out)?;
         }
+        self.save_checkpoints(out)?;
         self.store.save(out)
     }
 
@@ -736,6 +737,7 @@ impl Memory for Nodes {
         self.nodes = (0..n)
             .map(|_| Node::restore(from, width))
             .collect::<io::Result<_>>()?;
+        self.restore_checkpoints(from)?;
         self.store.restore(from, self.ctx.n_ctx)?;
         let slots: usize = self.nodes.iter().map(|n| n.n_cells).sum();
         let sound = self.store.n_kept() == self.n_sinks() + slots
@@ -759,7 +761,8 @@ impl Memory for Nodes {
         let width = self.tensors().width * size_of::<f32>();
         let state_bytes = s.trunk.bytes()
             + (s.active.len() + s.logits.len()) * size_of::<f32>()
-            + self.nodes.len() * (size_of::<Node>() + width);
+            + self.nodes.len() * (size_of::<Node>() + width)
+            + self.checkpoints.len() * self.checkpoint_bytes();
         let held_raw = (self.store.raw_end() - self.first_seen()) as usize;
         let slots = s.seg_count as f64 * self.tensors().n_slots as f64;
         let mean = s.seg_sum / s.seg_count.max(1) as f64;
@@ -778,7 +781,8 @@ impl Memory for Nodes {
             bound_bytes: self.ctx.page_bound(n_cells + 1 + self.tensors().n_slots, 2)
                 + state_bytes
                 + size_of::<Node>()
-                + width,
+                + width
+                + self.checkpoint_bytes(),
             rate: if slots > 0.0 { s.seg_sum / slots } else { 0.0 },
             rate_spread: if s.seg_count > 1 {
                 var.max(0.0).sqrt() / mean
@@ -809,14 +813,22 @@ impl Memory for Nodes {
             "tau" if (0.0..=1.0).contains(&value) => {
                 self.cfg.tau = value as f32;
                 self.state.control = None;
+                for checkpoint in &mut self.checkpoints {
+                    Arc::make_mut(checkpoint).control = None;
+                }
             }
             "tau" => return Err(format!("tau {value} is outside 0..=1")),
             "target_rate" if value > 0.0 && value.is_finite() => {
-                self.state.control = Some(Controller {
+                let control = Some(Controller {
                     target: value,
                     n_tokens: 0,
                     n_slots: 0,
                 });
+                self.state.control = control;
+                for checkpoint in &mut self.checkpoints {
+                    Arc::make_mut(checkpoint).control = control;
+                }
+                self.keep_checkpoint(1);
             }
             "target_rate" => return Err(format!("target_rate {value} is not positive")),
             _ => {

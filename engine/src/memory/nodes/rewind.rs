@@ -1,0 +1,121 @@
+//! Taking tokens back: to the last cut before them, exactly.
+//!
+//! Node cells are still there and a closed segment's raw cells are not needed any more, so all that
+//! must be had again is the state between two tokens. It depends on tokens and cuts alone: it is run
+//! forward from a checkpoint through the trunk, without the model, and what is read again by the
+//! model is the rest of one segment.
+
+use super::{Controller, Nodes, State};
+use crate::memory::Memory;
+use crate::ops::Cpu;
+use crate::session::{Decoder, Encoder};
+use std::io;
+use std::sync::Arc;
+
+/// Tokens between two checkpoints, and tokens of the trunk to run forward at most, but for a pass.
+pub(super) const SPACING: usize = 1024;
+/// Tokens run forward at a time.
+const STRIDE: usize = 512;
+
+impl Nodes {
+    /// Whether the state is a matter of tokens and cuts, and cells of closed segments are not read.
+    fn can_rewind(&self) -> bool {
+        let cfg = &self.cfg;
+        cfg.window == 0 && cfg.reset && cfg.node_max == 0 && !self.reads_logits()
+    }
+
+    /// Bytes of one checkpoint.
+    pub(super) fn checkpoint_bytes(&self) -> usize {
+        size_of::<State>() + self.state.trunk.bytes() + self.tensors().width * size_of::<f32>()
+    }
+
+    /// Keeps the present state if it is `spacing` tokens from the last one kept.
+    pub(super) fn keep_checkpoint(&mut self, spacing: usize) {
+        let before = self.checkpoints.last().map_or(0, |c| c.n_tokens);
+        if !self.can_rewind() || self.state.n_tokens < before + spacing {
+            return;
+        }
+        // The active memory is empty at every cut: it need not be kept.
+        let active = std::mem::take(&mut self.state.active);
+        self.checkpoints.push(Arc::new(self.state.clone()));
+        self.state.active = active;
+    }
+
+    /// Goes back to the last cut that at least one of the first `n` of `tokens` follows; returns how
+    /// many tokens that is. `None` where the way back is not known; then nothing has changed.
+    pub(super) fn rewind(&mut self, ops: &Cpu, tokens: &[u32], n: usize) -> Option<usize> {
+        let n_nodes = self.nodes.partition_point(|node| node.end < n);
+        if !self.can_rewind() || n_nodes == 0 {
+            return None;
+        }
+        let held = self.nodes[n_nodes - 1].end;
+        let checkpoint = self.checkpoints.iter().rfind(|c| c.n_tokens <= held);
+        let mut state = match checkpoint {
+            Some(checkpoint) => State::clone(checkpoint),
+            None => State::start(self.tensors(), self.state.control.map(Controller::anew)),
+        };
+        self.run_forward(ops, &mut state, tokens.get(..held)?, n_nodes);
+        state.active = vec![0.0; self.tensors().active_len()];
+        self.nodes.truncate(n_nodes);
+        let slots: usize = self.nodes.iter().map(|node| node.n_cells).sum();
+        let n_kept = state.n_entries.min(self.cfg.sinks) + slots;
+        // Where closed segments were skipped fewer cells were written than tokens read.
+        state.seg_raw = state.seg_raw.min(self.store.raw_end());
+        self.store.rewind(n_kept, state.seg_raw);
+        self.checkpoints.retain(|c| c.n_tokens <= held);
+        self.state = state;
+        Some(held)
+    }
+
+    /// Moves `state` to the end of `tokens`, where the last of the first `n_nodes` nodes was cut off.
+    fn run_forward(&self, ops: &Cpu, state: &mut State, tokens: &[u32], n_nodes: usize) {
+        let (tensors, n_embd) = (self.tensors(), self.ctx.weights.hparams.n_embd);
+        for part in tokens[state.n_tokens..].chunks(STRIDE) {
+            let mut x = vec![0.0; part.len() * n_embd];
+            ops.get_rows(&self.ctx.weights.token_embd, part, &mut x);
+            tensors.read(ops, &mut state.trunk, &x, part.len());
+        }
+        let mut cuts = self.nodes[..n_nodes].iter().map(|node| node.end);
+        let mut next_cut = cuts
+            .find(|&end| end > state.n_tokens || (end == state.n_tokens && state.last.is_some()));
+        while let Some(cut) = next_cut {
+            for &id in &tokens[state.n_tokens..cut] {
+                state.seg_sinks += u32::from(state.n_entries < self.cfg.sinks);
+                state.take(id, 0.0, Box::default());
+            }
+            state.last = None;
+            if self.cfg.compact {
+                state.pos = state.seg_pos + state.seg_sinks;
+            }
+            state.pos += tensors.n_slots as u32;
+            state.n_entries += tensors.n_slots;
+            let n_raw = cut - state.seg_start - state.seg_sinks as usize;
+            state.close(tensors.n_slots, state.seg_raw + n_raw as u64);
+            next_cut = cuts.next();
+        }
+    }
+
+    pub(super) fn save_checkpoints(&self, out: &mut Encoder<'_>) -> io::Result<()> {
+        out.u64(self.checkpoints.len() as u64)?;
+        self.checkpoints.iter().try_for_each(|c| c.save(out))
+    }
+
+    pub(super) fn restore_checkpoints(&mut self, from: &mut Decoder<'_>) -> io::Result<()> {
+        let (width, n_vocab) = (self.tensors().width, self.ctx.weights.hparams.n_vocab);
+        self.checkpoints.clear();
+        let mut before = 0;
+        for _ in 0..from.u64()? {
+            let mut state = State::start(self.tensors(), None);
+            state.active = Vec::new();
+            state.restore(from, width, n_vocab)?;
+            if state.n_tokens < before || state.n_tokens > self.state.n_tokens {
+                return Err(io::Error::other(
+                    "the states to go back to are out of order",
+                ));
+            }
+            before = state.n_tokens;
+            self.checkpoints.push(Arc::new(state));
+        }
+        Ok(())
+    }
+}
