@@ -10,7 +10,7 @@ use std::io::{self, Read, Write};
 /// First eight bytes of a session file.
 pub const MAGIC: [u8; 8] = *b"mneme\0\0\x01";
 /// Version of the layout; another version is refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Writes primitive values and keeps a running checksum.
 pub struct Encoder<'a> {

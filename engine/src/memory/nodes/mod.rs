@@ -374,7 +374,7 @@ impl Nodes {
                 n_nodes += 1;
                 scan.seg_start = scan.n_tokens;
                 if let Some(control) = &mut scan.control {
-                    control.n_slots += n_slots as u64;
+                    control.cut(n_slots);
                 }
                 if cfg.node_max > 0 && n_nodes * n_slots > cfg.node_max && n_nodes > 1 {
                     stop = Some(i);
@@ -390,7 +390,7 @@ impl Nodes {
             scan.before = Some(id);
             scan.n_tokens += 1;
             if let Some(control) = &mut scan.control {
-                control.n_tokens += 1;
+                control.token();
             }
         }
         let n = stop.unwrap_or(tokens.len());
@@ -473,7 +473,7 @@ impl Nodes {
                 state.seg_raw = raw_end + raw as u64;
                 state.seg_sinks = 0;
                 if let Some(control) = &mut state.control {
-                    control.n_slots += n_slots as u64;
+                    control.cut(n_slots);
                 }
             }
             if i == n {
@@ -517,7 +517,7 @@ impl Nodes {
             state.before = Some(tokens[i]);
             state.n_tokens += 1;
             if let Some(control) = &mut state.control {
-                control.n_tokens += 1;
+                control.token();
             }
         }
         plan.embeds = tensors.slots(ops, &rs, new_nodes.len());
@@ -672,11 +672,7 @@ impl Memory for Nodes {
             return self.state.n_tokens;
         }
         let tensors = self.ctx.weights.nodes.as_ref().expect("checked when built");
-        let control = self.state.control.map(|c| Controller {
-            n_tokens: 0,
-            n_slots: 0,
-            ..c
-        });
+        let control = self.state.control.map(|c| Controller::new(c.target));
         self.state = State {
             n_tokens: 0,
             n_entries: 0,
@@ -812,11 +808,7 @@ impl Memory for Nodes {
             }
             "tau" => return Err(format!("tau {value} is outside 0..=1")),
             "target_rate" if value > 0.0 && value.is_finite() => {
-                self.state.control = Some(Controller {
-                    target: value,
-                    n_tokens: 0,
-                    n_slots: 0,
-                });
+                self.state.control = Some(Controller::new(value));
             }
             "target_rate" => return Err(format!("target_rate {value} is not positive")),
             _ => {
