@@ -171,7 +171,7 @@ pub struct Controller {
 }
 
 /// Tokens of deviation that move tau's logit by one.
-const CONTROL_TOKENS: f64 = 48.0;
+const CONTROL_TOKENS: f64 = 96.0;
 /// Tokens after which a deviation that lasts has moved tau's logit once more by as much.
 const CONTROL_LAG: f64 = 768.0;
 /// How far tau's logit is ever moved by either term.
