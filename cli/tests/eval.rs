@@ -441,3 +441,23 @@ fn the_model_of_the_tree_remembers() {
     let f1 = arms[0]["boundary"]["f1_facts"].as_f64().unwrap();
     assert!(f1 > 0.9, "{}", arms[0]["boundary"]);
 }
+
+/// Tokens per slot come out as asked, at a length where the controller has had time, below and
+/// above what the decider would spend by itself.
+#[test]
+fn a_target_rate_is_held_by_the_model_of_the_tree() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/mneme-records.gguf");
+    let mut args = vec!["eval", "run", "-m", model, "-t", "2", "--task", "single"];
+    args.extend(["--length", "4k", "--facts", "64", "--questions", "1"]);
+    args.extend(["-n", "3", "--seed", "4711"]);
+    let targets = [16.0, 32.0, 64.0];
+    let arms = targets.map(|r| format!("nodes:target_rate={r}"));
+    for arm in &arms {
+        args.extend(["--arm", arm.as_str()]);
+    }
+    let report = json(&stdout(&args));
+    for (row, target) in report["rows"].as_array().unwrap().iter().zip(targets) {
+        let rate = row["held"]["rate"].as_f64().unwrap();
+        assert!((rate / target - 1.0).abs() < 0.05, "{target}: {rate}");
+    }
+}

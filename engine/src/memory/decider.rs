@@ -4,8 +4,11 @@
 //! token ahead that way without anything at or before t depending on it. Every rule gives a
 //! boundary probability (0 or 1 where it is a plain rule), and the same dials apply to all.
 
+use std::io;
+
 use super::{Context, MemorySpec, Pieces};
 use crate::error::Result;
+use crate::session::{Decoder, Encoder};
 
 /// A rule for boundaries.
 #[derive(Clone, Debug, PartialEq)]
@@ -153,36 +156,79 @@ pub fn sentence_ends_at(pieces: &dyn Pieces, before: Option<u32>, id: u32, after
 }
 
 /// Moves tau so that tokens per slot approach a target: the further the slots so far are ahead of
-/// what the target allows, the higher the bar.
+/// what the target allows, and the longer they have been, the higher the bar.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Controller {
     /// Tokens per slot aimed at.
     pub target: f64,
     /// Tokens read and slots made under control.
-    pub n_tokens: u64,
-    /// See `n_tokens`.
-    pub n_slots: u64,
+    n_tokens: u64,
+    n_slots: u64,
+    /// Shift of tau's logit that the deviations of all tokens so far have added up to. Where p is
+    /// far from tau a text needs such a standing shift, which the deviation of the moment alone
+    /// could hold up only by staying large.
+    shift: f64,
 }
 
 /// Tokens of deviation that move tau's logit by one.
-const CONTROL_TOKENS: f64 = 48.0;
+const CONTROL_TOKENS: f64 = 96.0;
+/// Tokens after which a deviation that lasts has moved tau's logit once more by as much.
+const CONTROL_LAG: f64 = 768.0;
+/// How far tau's logit is ever moved by either term.
+const CONTROL_RANGE: f64 = 12.0;
 
 impl Controller {
-    /// The same aim at the start of a text.
-    pub fn anew(self) -> Controller {
+    /// A controller that has seen nothing.
+    pub fn new(target: f64) -> Controller {
         Controller {
+            target,
             n_tokens: 0,
             n_slots: 0,
-            ..self
+            shift: 0.0,
         }
+    }
+
+    /// Counts a cut that made `n` slots.
+    pub fn cut(&mut self, n: usize) {
+        self.n_slots += n as u64;
+    }
+
+    /// Counts a token. One at a time, so that any chunking gives the same sum.
+    pub fn token(&mut self) {
+        self.n_tokens += 1;
+        let moved = self.shift + self.ahead() / CONTROL_LAG;
+        self.shift = moved.clamp(-CONTROL_RANGE, CONTROL_RANGE);
+    }
+
+    /// Deviation in logits of tau: slots made beyond what the target allows.
+    fn ahead(&self) -> f64 {
+        (self.n_slots as f64 * self.target - self.n_tokens as f64) / CONTROL_TOKENS
     }
 
     /// The threshold to use now, around the file's own `tau`.
     pub fn tau(&self, tau: f32) -> f32 {
-        let ahead = self.n_slots as f64 * self.target - self.n_tokens as f64;
         let tau = f64::from(tau).clamp(1e-6, 1.0 - 1e-6);
-        let logit = (tau / (1.0 - tau)).ln() + (ahead / CONTROL_TOKENS).clamp(-12.0, 12.0);
+        let moved = self.ahead().clamp(-CONTROL_RANGE, CONTROL_RANGE) + self.shift;
+        let logit = (tau / (1.0 - tau)).ln() + moved;
         (1.0 / (1.0 + (-logit).exp())) as f32
+    }
+
+    /// Writes everything `restore` needs.
+    pub fn save(&self, out: &mut Encoder<'_>) -> io::Result<()> {
+        out.u64(self.target.to_bits())?;
+        out.u64(self.n_tokens)?;
+        out.u64(self.n_slots)?;
+        out.u64(self.shift.to_bits())
+    }
+
+    /// The inverse of `save`.
+    pub fn restore(from: &mut Decoder<'_>) -> io::Result<Controller> {
+        Ok(Controller {
+            target: f64::from_bits(from.u64()?),
+            n_tokens: from.u64()?,
+            n_slots: from.u64()?,
+            shift: f64::from_bits(from.u64()?),
+        })
     }
 }
 
@@ -216,13 +262,36 @@ mod tests {
     fn the_controller_pushes_towards_its_target() {
         let at = |n_slots| {
             Controller {
-                target: 16.0,
                 n_tokens: 1600,
                 n_slots,
+                ..Controller::new(16.0)
             }
             .tau(0.5)
         };
         assert!(at(120) > at(100) && at(100) > at(80));
         assert!((at(100) - 0.5).abs() < 1e-6);
+    }
+
+    /// A saturated decider: one token in 8 has p near 0.97, one in 64 more, and the target lies
+    /// where the bar has to stand five logits above the file's tau.
+    #[test]
+    fn a_standing_shift_leaves_no_standing_deviation() {
+        for target in [16.0, 24.0, 40.0] {
+            let mut control = Controller::new(target);
+            let mut counts = (0u64, 0u64);
+            for t in 0..4096u64 {
+                let noise = splitmix64(7, t);
+                let logit = if t % 8 == 7 { 3.0 + 4.0 * noise } else { -6.0 };
+                let p = (1.0 / (1.0 + (-logit).exp())) as f32;
+                if p > control.tau(0.5) {
+                    control.cut(1);
+                    counts.1 += 1;
+                }
+                control.token();
+                counts.0 += 1;
+            }
+            let rate = counts.0 as f64 / counts.1 as f64;
+            assert!((rate / target - 1.0).abs() < 0.03, "{target}: {rate}");
+        }
     }
 }

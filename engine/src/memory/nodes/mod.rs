@@ -275,7 +275,7 @@ impl State {
         self.seg_raw = seg_raw;
         self.seg_sinks = 0;
         if let Some(control) = &mut self.control {
-            control.n_slots += n_slots as u64;
+            control.cut(n_slots);
         }
     }
 
@@ -292,7 +292,7 @@ impl State {
         self.before = Some(id);
         self.n_tokens += 1;
         if let Some(control) = &mut self.control {
-            control.n_tokens += 1;
+            control.token();
         }
     }
 }
@@ -418,7 +418,7 @@ impl Nodes {
                 n_nodes += 1;
                 scan.seg_start = scan.n_tokens;
                 if let Some(control) = &mut scan.control {
-                    control.n_slots += n_slots as u64;
+                    control.cut(n_slots);
                 }
                 if cfg.node_max > 0 && n_nodes * n_slots > cfg.node_max && n_nodes > 1 {
                     stop = Some(i);
@@ -434,7 +434,7 @@ impl Nodes {
             scan.before = Some(id);
             scan.n_tokens += 1;
             if let Some(control) = &mut scan.control {
-                control.n_tokens += 1;
+                control.token();
             }
         }
         let n = stop.unwrap_or(tokens.len());
@@ -695,7 +695,10 @@ impl Memory for Nodes {
         if let Some(held) = self.rewind(ops.host(), tokens, n) {
             return held;
         }
-        self.state = State::start(self.tensors(), self.state.control.map(Controller::anew));
+        self.state = State::start(
+            self.tensors(),
+            self.state.control.map(|c| Controller::new(c.target)),
+        );
         self.nodes.clear();
         self.checkpoints.clear();
         self.store.clear();
@@ -819,11 +822,7 @@ impl Memory for Nodes {
             }
             "tau" => return Err(format!("tau {value} is outside 0..=1")),
             "target_rate" if value > 0.0 && value.is_finite() => {
-                let control = Some(Controller {
-                    target: value,
-                    n_tokens: 0,
-                    n_slots: 0,
-                });
+                let control = Some(Controller::new(value));
                 self.state.control = control;
                 for checkpoint in &mut self.checkpoints {
                     Arc::make_mut(checkpoint).control = control;

@@ -52,7 +52,10 @@ impl Nodes {
         let checkpoint = self.checkpoints.iter().rfind(|c| c.n_tokens <= held);
         let mut state = match checkpoint {
             Some(checkpoint) => State::clone(checkpoint),
-            None => State::start(self.tensors(), self.state.control.map(Controller::anew)),
+            None => State::start(
+                self.tensors(),
+                self.state.control.map(|c| Controller::new(c.target)),
+            ),
         };
         self.run_forward(ops, &mut state, tokens.get(..held)?, n_nodes);
         state.active = vec![0.0; self.tensors().active_len()];

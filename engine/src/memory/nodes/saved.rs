@@ -74,9 +74,7 @@ impl State {
             None => out.u32(0)?,
             Some(c) => {
                 out.u32(1)?;
-                out.u64(c.target.to_bits())?;
-                out.u64(c.n_tokens)?;
-                out.u64(c.n_slots)?;
+                c.save(out)?;
             }
         }
         out.f32(self.surprisal.0)?;
@@ -131,11 +129,7 @@ impl State {
         };
         self.control = match from.u32()? {
             0 => None,
-            _ => Some(Controller {
-                target: f64::from_bits(from.u64()?),
-                n_tokens: from.u64()?,
-                n_slots: from.u64()?,
-            }),
+            _ => Some(Controller::restore(from)?),
         };
         self.surprisal = (from.f32()?, from.f32()?);
         self.logits = from.f32s()?;
