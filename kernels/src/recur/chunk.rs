@@ -119,7 +119,7 @@ impl Work {
 }
 
 /// One head from first to last token. `state` is `[head_dim_k, head_dim_v]`, row `t` of `out`
-/// starts at `t * n_head * head_dim_v`.
+/// starts at `t * out_stride`.
 ///
 /// # Safety
 /// `out` must hold the head's rows, and nothing else may use them meanwhile.
@@ -173,7 +173,7 @@ pub(crate) unsafe fn chunked(
             let from = &w.out[i * dim_v..][..x.head_dim_v];
             // SAFETY: row `start + i` of this head, by the caller's promise.
             let to = unsafe {
-                let first = (start + i) * x.n_head * x.head_dim_v;
+                let first = (start + i) * x.out_stride;
                 std::slice::from_raw_parts_mut(out.add(first), x.head_dim_v)
             };
             to.copy_from_slice(from);

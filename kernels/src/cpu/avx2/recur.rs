@@ -12,7 +12,7 @@ const STRIP: usize = 2;
 /// go through a copy padded with zeros.
 ///
 /// # Safety
-/// `state` must be a head's, `out` its first row; rows are `n_head * head_dim_v` apart.
+/// `state` must be a head's, `out` its first row; rows are `out_stride` apart.
 #[target_feature(enable = "avx2,fma")]
 pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     const WIDTH: usize = 8 * STRIP;
@@ -112,7 +112,7 @@ unsafe fn columns(
                 _mm256_storeu_ps(v.as_mut_ptr().add(8 * j), o);
             }
             // Row `t` of this head's output, by the caller's promise.
-            let to = out.add(t * x.n_head * dim_v + first);
+            let to = out.add(t * x.out_stride + first);
             to.copy_from_nonoverlapping(v.as_ptr(), n);
         }
     }

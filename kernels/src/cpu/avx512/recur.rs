@@ -16,7 +16,7 @@ const STRIP: usize = 4;
 /// dimensions, so that sums are the same for any number of tokens.
 ///
 /// # Safety
-/// `state` must be a head's, `out` its first row; rows are `n_head * head_dim_v` apart.
+/// `state` must be a head's, `out` its first row; rows are `out_stride` apart.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
 pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
@@ -228,7 +228,7 @@ unsafe fn strip<const N: usize, const CUT: bool>(
                     sum[j] = _mm512_fmadd_ps(q, s, sum[j]);
                 }
             }
-            let row = out.add(t * x.n_head * dim_v);
+            let row = out.add(t * x.out_stride);
             for j in 0..N {
                 let o = _mm512_mul_ps(sum[j], _mm512_set1_ps(scale_q));
                 _mm512_mask_storeu_ps(row.add(j * 16), mask(j), o);

@@ -10,7 +10,7 @@ type Lanes = [f32; LANES];
 /// The recurrent form of one head: sixteen columns of the state through all tokens, then the next.
 ///
 /// # Safety
-/// `state` must be a head's, `out` its first row; rows are `n_head * head_dim_v` apart.
+/// `state` must be a head's, `out` its first row; rows are `out_stride` apart.
 pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
     let mut strip = vec![[0f32; LANES]; dim_k];
@@ -82,7 +82,7 @@ unsafe fn columns(
         let sum = sum.map(|o| o * scale_q);
         // SAFETY: row `t` of this head's output, by the caller's promise.
         unsafe {
-            let to = out.add(t * x.n_head * dim_v + first);
+            let to = out.add(t * x.out_stride + first);
             to.copy_from_nonoverlapping(sum.as_ptr(), n);
         }
     }
@@ -173,6 +173,7 @@ mod tests {
                 g: &g,
                 beta: &beta,
                 resets: &[33, 64],
+                out_stride: 2 * dim_v,
             };
             let run = |f: crate::recur::RunHead| {
                 let mut state = noise(dim_k * dim_v, 6);
