@@ -271,20 +271,21 @@ unsafe fn dot32<const T: usize, const W: u8, const FETCH: bool>(
             }
             let mut w = [_mm512_setzero_si512(); 8];
             if W == Q4_0 {
-                let words = words.wrapping_add(b * 4 * VECTOR);
+                // Whole panels are asked for in order, scales at their ends included.
                 if FETCH {
-                    fetch(words, 4);
+                    fetch(words.wrapping_add(b * (4 * VECTOR + 2 * ROWS)), 5);
                 }
+                let words = words.wrapping_add(b * 4 * VECTOR);
                 for j in 0..4 {
                     let v = load(words, j);
                     w[j] = _mm512_and_si512(v, low);
                     w[j + 4] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
                 }
             } else {
-                let words = words.wrapping_add(b * 8 * VECTOR);
                 if FETCH {
-                    fetch(words, 8);
+                    fetch(words.wrapping_add(b * (8 * VECTOR + 2 * ROWS)), 9);
                 }
+                let words = words.wrapping_add(b * 8 * VECTOR);
                 for j in 0..8 {
                     w[j] = load(words, j);
                     if W == Q8_0 {
