@@ -20,7 +20,7 @@ pub use numbers::Numbers;
 use numbers::{PIECE, Stored, Widened};
 use std::ops::Range;
 
-/// Tokens in a chunk of the chunked form.
+/// Most tokens in a chunk of the chunked form.
 pub const CHUNK: usize = 64;
 
 /// How a token changes the state.

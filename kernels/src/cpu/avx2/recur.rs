@@ -126,7 +126,7 @@ unsafe fn columns(
 pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     // SAFETY: passed on; the buffers have the shapes that `Product` states.
     unsafe {
-        chunk::chunked(x, head, state, out, |shape, a, b, c, _| {
+        chunk::chunked(x, head, state, out, |shape, a, b, c| {
             product(shape, a, b, c);
         });
     }
@@ -145,14 +145,16 @@ unsafe fn product(shape: &Product, a: *const f32, b: *const f32, c: *mut f32) {
             unsafe {
                 let (a, b) = (a.add(row * shape.lda), b.add(col));
                 let c = c.add(row * shape.ldc + col);
-                if shape.add {
+                if shape.keep != 0.0 {
+                    let keep = _mm256_set1_ps(shape.keep);
                     for r in 0..4 {
                         for j in 0..2 {
-                            sum[r][j] = _mm256_loadu_ps(c.add(r * shape.ldc + 8 * j));
+                            let c = _mm256_loadu_ps(c.add(r * shape.ldc + 8 * j));
+                            sum[r][j] = _mm256_mul_ps(c, keep);
                         }
                     }
                 }
-                for i in 0..shape.k {
+                for i in 0..shape.depth(row + 4) {
                     let b = b.add(i * shape.ldb);
                     let b = [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))];
                     for r in 0..4 {

@@ -254,7 +254,7 @@ fn prefetch(row: *const f32) {
 pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     // SAFETY: passed on; the buffers have the shapes that `Product` states.
     unsafe {
-        chunk::chunked(x, head, state, out, |shape, a, b, c, _| {
+        chunk::chunked(x, head, state, out, |shape, a, b, c| {
             product(shape, a, b, c);
         });
     }
@@ -266,54 +266,37 @@ pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out
 /// `a`, `b` and `c` must have the shapes it states.
 #[target_feature(enable = "avx512f")]
 unsafe fn product(shape: &Product, a: *const f32, b: *const f32, c: *mut f32) {
+    const ROWS: usize = 8;
     for col in (0..shape.n).step_by(32) {
-        for row in (0..shape.m).step_by(8) {
-            // SAFETY: blocks within the matrices; the last may be 16 columns wide.
+        for row in (0..shape.m).step_by(ROWS) {
+            let mut sum = [[_mm512_setzero_ps(); 2]; ROWS];
+            // SAFETY: blocks within the matrices.
             unsafe {
                 let (a, b) = (a.add(row * shape.lda), b.add(col));
                 let c = c.add(row * shape.ldc + col);
-                if shape.n - col >= 32 {
-                    product_block::<2>(shape, a, b, c);
-                } else {
-                    product_block::<1>(shape, a, b, c);
+                if shape.keep != 0.0 {
+                    let keep = _mm512_set1_ps(shape.keep);
+                    for r in 0..ROWS {
+                        for j in 0..2 {
+                            let c = _mm512_loadu_ps(c.add(r * shape.ldc + j * 16));
+                            sum[r][j] = _mm512_mul_ps(c, keep);
+                        }
+                    }
                 }
-            }
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f")]
-unsafe fn product_block<const N: usize>(
-    shape: &Product,
-    a: *const f32,
-    b: *const f32,
-    c: *mut f32,
-) {
-    let mut sum = [[_mm512_setzero_ps(); N]; 8];
-    // SAFETY: 8 rows of `a` and `c`, `k` rows of `b`.
-    unsafe {
-        if shape.add {
-            for r in 0..8 {
-                for j in 0..N {
-                    sum[r][j] = _mm512_loadu_ps(c.add(r * shape.ldc + j * 16));
+                for i in 0..shape.depth(row + ROWS) {
+                    let b = b.add(i * shape.ldb);
+                    let b = [_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16))];
+                    for r in 0..ROWS {
+                        let a = _mm512_set1_ps(*a.add(r * shape.lda + i));
+                        sum[r][0] = _mm512_fmadd_ps(a, b[0], sum[r][0]);
+                        sum[r][1] = _mm512_fmadd_ps(a, b[1], sum[r][1]);
+                    }
                 }
-            }
-        }
-        for i in 0..shape.k {
-            let mut v = [_mm512_setzero_ps(); N];
-            for j in 0..N {
-                v[j] = _mm512_loadu_ps(b.add(i * shape.ldb + j * 16));
-            }
-            for r in 0..8 {
-                let a = _mm512_set1_ps(*a.add(r * shape.lda + i));
-                for j in 0..N {
-                    sum[r][j] = _mm512_fmadd_ps(a, v[j], sum[r][j]);
+                for r in 0..ROWS {
+                    for j in 0..2 {
+                        _mm512_storeu_ps(c.add(r * shape.ldc + j * 16), sum[r][j]);
+                    }
                 }
-            }
-        }
-        for r in 0..8 {
-            for j in 0..N {
-                _mm512_storeu_ps(c.add(r * shape.ldc + j * 16), sum[r][j]);
             }
         }
     }

@@ -95,7 +95,7 @@ unsafe fn columns(
 pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     // SAFETY: passed on; the buffers have the shapes that `Product` states.
     unsafe {
-        chunk::chunked(x, head, state, out, |shape, a, b, c, _| {
+        chunk::chunked(x, head, state, out, |shape, a, b, c| {
             product(shape, a, b, c);
         });
     }
@@ -113,12 +113,13 @@ unsafe fn product(shape: &Product, a: *const f32, b: *const f32, c: *mut f32) {
             unsafe {
                 let (a, b) = (a.add(row * shape.lda), b.add(col));
                 let c = c.add(row * shape.ldc + col);
-                if shape.add {
+                if shape.keep != 0.0 {
                     for (r, sum) in sum.iter_mut().enumerate() {
-                        *sum = *c.add(r * shape.ldc).cast::<Lanes>();
+                        let c = *c.add(r * shape.ldc).cast::<Lanes>();
+                        *sum = c.map(|c| c * shape.keep);
                     }
                 }
-                for i in 0..shape.k {
+                for i in 0..shape.depth(row + 4) {
                     let b = *b.add(i * shape.ldb).cast::<Lanes>();
                     for (r, sum) in sum.iter_mut().enumerate() {
                         let a = *a.add(r * shape.lda + i);
