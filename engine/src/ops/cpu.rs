@@ -14,7 +14,7 @@ use mneme_kernels::dispatch;
 use mneme_kernels::mul_mat::{Packed, WeightType};
 use mneme_kernels::pool::Pool;
 use mneme_kernels::quant::restate;
-use mneme_kernels::recur::{self, Form, Recur};
+use mneme_kernels::recur::{self, Form, Numbers, Recur};
 use mneme_kernels::{add, quant, rms_norm, rope, swiglu};
 use std::ops::Range;
 use std::sync::Arc;
@@ -572,11 +572,11 @@ impl Ops for Cpu {
                 n_head_k: step.n_head_kv,
                 head_dim_k: step.head_dim,
                 head_dim_v: step.head_dim,
-                q: &step.q.host()[step.rows.start * width..step.rows.end * width],
-                k: step.k.host(),
-                v: step.v.host(),
-                g,
-                beta: step.beta.host(),
+                q: Numbers::F32(&step.q.host()[step.rows.start * width..step.rows.end * width]),
+                k: Numbers::F32(step.k.host()),
+                v: Numbers::F32(step.v.host()),
+                g: Numbers::F32(g),
+                beta: Numbers::F32(step.beta.host()),
                 resets: &[],
                 state,
                 out: step.out.host_mut(),

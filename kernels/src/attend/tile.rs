@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// Rows (query, head) that share one pass over the cells: enough that converting a page and
 /// fetching it from memory is paid once for many products, few enough to stay in the L2 cache.
-const TILE_ROWS: usize = 64;
+const TILE_ROWS: usize = 128;
 /// Rows whose queries lie interleaved, as the widest micro-kernel reads them.
 pub(crate) const ROWS: usize = 8;
 /// The same for 16-bit integer queries.

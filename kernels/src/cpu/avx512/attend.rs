@@ -25,19 +25,26 @@ pub(crate) const KERNELS: PageKernels = PageKernels {
 /// Bytes from the cell in use to the one asked for. The processor's own prefetch stops at each
 /// 4 KiB boundary, and does not know the next page.
 const AHEAD: usize = 4096;
+/// The same where cells are widened first: half a page of keys of 128 dimensions.
+const FAR_AHEAD: usize = 8192;
 
 impl Ahead {
     /// Asks for the cache line `AHEAD` of `p`, on the next page if this head's cells end before.
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(crate) fn ask(self, p: *const u8) {
-        let p = p.wrapping_add(AHEAD);
+        self.ask_at(p.wrapping_add(AHEAD));
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn ask_at(self, p: *const u8) {
         let p = if p < self.end {
             p
         } else {
             p.wrapping_offset(self.jump)
         };
-        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
 }
 
@@ -94,13 +101,16 @@ unsafe fn load<const TY: u8>(p: *const u8, i: usize) -> __m512 {
     }
 }
 
-/// Converts `n` numbers, a multiple of 16, to F32.
+/// Converts `n` numbers of 16 bits, a multiple of 16, to F32.
 ///
 /// # Safety
 /// `from` and `to` must hold `n` numbers.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn widen<const TY: u8>(from: *const u8, to: *mut f32, n: usize) {
+unsafe fn widen<const TY: u8>(from: *const u8, to: *mut f32, n: usize, ahead: Ahead) {
     for i in (0..n).step_by(16) {
+        if i.is_multiple_of(32) {
+            ahead.ask_at(from.wrapping_add(2 * i + FAR_AHEAD));
+        }
         // SAFETY: within the `n` numbers.
         unsafe { _mm512_storeu_ps(to.add(i), load::<TY>(from, i)) }
     }
@@ -135,7 +145,7 @@ unsafe fn scores_from<const TY: u8>(tile: &mut Tile, keys: *const u8, seen: u64)
             let s = s.add(half * HALF_CELLS);
             if TY != F32 && n_rows > ROWS {
                 let wide = tile.wide.ptr();
-                widen::<TY>(keys, wide, len);
+                widen::<TY>(keys, wide, len, ahead);
                 for row in (0..n_rows).step_by(ROWS) {
                     let (q, s) = (q.add(row * dim), s.add(row * PAGE_CELLS));
                     with_rows!(
@@ -357,7 +367,7 @@ unsafe fn weigh_from<const TY: u8>(tile: &mut Tile, values: *const u8, seen: u64
                 for run in runs(seen) {
                     let at = run.start * width;
                     let from = values.add(at * size);
-                    widen::<TY>(from, wide.add(at), run.len() * width);
+                    widen::<TY>(from, wide.add(at), run.len() * width, tile.ahead);
                 }
             }
             for row in (0..n_rows).step_by(ROWS) {
