@@ -208,13 +208,15 @@ def ask(browser, server, question, text_file, name, args):
     memory = server.get(f"/slots/{slot['id']}/memory")
     stats = memory["stats"]
     shown = browser.js("document.getElementById('mem-numbers').textContent")
-    check(str(stats["nodes"]) in shown, f"{name}: the panel shows {stats['nodes']} nodes")
+    check(browser.js(f"count({stats['nodes']})") in shown, f"{name}: the panel shows {stats['nodes']} nodes")
     held = browser.js("[document.getElementById('mem-bytes').textContent, document.getElementById('mem-full-bytes').textContent]")
     want = [browser.js(f"bytes({stats[k]})") for k in ("bytes", "full_bytes")]
     check(held == want, f"{name}: held {held[0]} against {held[1]} of a full cache")
     n_nodes = len(memory["nodes"])
     n_shown = browser.js("document.querySelectorAll('#segments .seg').length")
     check(n_shown >= min(n_nodes, 200), f"{name}: {n_shown} segments shown of {n_nodes} nodes")
+    stripes = browser.js("document.querySelectorAll('#map span').length")
+    check(stripes >= n_nodes, f"{name}: {stripes} stripes of the whole text")
     if n_nodes > 3:
         check(rgb_count(browser) > 3, f"{name}: segments have {rgb_count(browser)} colours")
 

@@ -187,7 +187,8 @@ function fill(what, turn) {
 }
 
 function show() {
-  $("log").replaceChildren(...current.turns.map(turnNode));
+  const empty = el("p", { class: "empty dim" }, "Ask something, or drop a long text here. The memory panel shows how it is cut into segments, and what is kept of them.");
+  $("log").replaceChildren(...(current.turns.length ? current.turns.map(turnNode) : [empty]));
   $("log").scrollTop = $("log").scrollHeight;
   $("chat-list").replaceChildren(...chats.map((chat) => el("li", {},
     el("button", { class: "open", type: "button", "aria-current": chat === current ? "true" : false, onclick: () => open(chat) }, title(chat)),
@@ -317,7 +318,9 @@ async function send() {
       }
       if (event.timings) {
         const t = event.timings;
-        say(`${t.prompt_n} tokens read (${t.cache_n} known), ${t.predicted_n} written, ${t.predicted_per_second.toFixed(1)} tokens/s`);
+        const known = t.cache_n ? ` (${count(t.cache_n)} known before)` : "";
+        const speed = t.predicted_n > 1 ? `, ${count(Math.round(t.predicted_per_second))} tokens/s` : "";
+        say(`read ${count(t.prompt_n)} in ${(t.prompt_ms / 1000).toFixed(1)} s${known}, wrote ${count(t.predicted_n)}${speed}`);
         if (t.memory) numbers(t.memory);
       }
     }
@@ -374,6 +377,11 @@ function bytes(n) {
   return `${i ? n.toFixed(1) : n} ${units[i]}`;
 }
 
+/** A number as people here write it. */
+function count(n) {
+  return n.toLocaleString();
+}
+
 function numbers(m) {
   const most = Math.max(m.bytes, m.full_bytes, 1);
   $("mem-now").value = m.bytes / most;
@@ -382,7 +390,7 @@ function numbers(m) {
   $("mem-full-bytes").textContent = bytes(m.full_bytes);
   const times = m.bytes ? m.full_bytes / m.bytes : 1;
   $("mem-less").textContent = times >= 1.05 ? `${times.toFixed(times < 10 ? 1 : 0)} times less than a full cache` : "";
-  const rows = { tokens: m.n_tokens, "cells per layer": m.cells, "tokens let go": m.dropped, nodes: m.nodes };
+  const rows = { tokens: count(m.n_tokens), "cells per layer": count(m.cells), "tokens let go": count(m.dropped), nodes: count(m.nodes) };
   if (m.rate) rows["tokens per node slot"] = m.rate.toFixed(2);
   if (m.rate_spread) rows["spread of segments"] = m.rate_spread.toFixed(2);
   if (m.longest_segment) rows["longest segment"] = m.longest_segment;
@@ -424,7 +432,7 @@ function segments(view) {
     if (n.level) more.push("level " + n.level);
     if (n.children?.length) more.push("of " + n.children.length);
     if (n.p != null) more.push("p " + n.p.toFixed(2));
-    const about = el("div", { class: "about" }, el("b", {}, `${n.start}–${n.end}`), more.join(", "), el("span", {}, `${n.end - n.start} tokens in ${bytes(n.bytes)}`));
+    const about = el("div", { class: "about" }, el("b", {}, `${n.start}–${n.end}`), more.join(", "), el("span", {}, `${count(n.end - n.start)} tokens, ${bytes(n.bytes)}`));
     const seg = el("div", { class: "seg", role: "listitem", id: "seg-" + n.id }, about, el("div", {}, cut(n.text ?? "")));
     seg.style.borderColor = colour(n);
     return seg;
@@ -440,14 +448,15 @@ function segments(view) {
   map(view, open);
 }
 
-/** The whole text from left to right: a stripe for each node, as wide as its text; what is kept word for word is grey. */
+/** The whole text, line by line: a stripe for each node, as wide as its text; what is kept word for word is grey. */
 function map(view, open) {
   const bar = $("map");
   bar.hidden = !view.nodes.length;
   bar.setAttribute("aria-label", `${view.nodes.length} nodes stand for ${view.n_tokens - open} tokens; ${open} tokens are kept word for word`);
+  const lines = Math.min(8, Math.ceil(view.nodes.length / 24));
   const stripe = (tokens, title, paint, go) => {
     const part = el("span", { title, onclick: go });
-    part.style.flexGrow = tokens;
+    part.style.flex = `${tokens} 1 ${((100 * lines * tokens) / view.n_tokens).toFixed(3)}%`;
     part.style.background = paint;
     return part;
   };
@@ -473,7 +482,8 @@ function saveSettings() {
 async function about() {
   try {
     const props = await get("props");
-    $("model").textContent = props.model_alias;
+    $("model").textContent = props.model_alias.split("/").pop().replace(/\.gguf$/, "");
+    $("model").title = props.model_path;
     $("memories").replaceChildren(...props.memory.available.map((m) => el("option", { value: m.name }, m.about)));
     $("s-memory").placeholder = props.memory.default;
     const params = props.default_generation_settings.params;
