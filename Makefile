@@ -6,7 +6,7 @@ PEER_PYTHON ?= python3
 THREADS ?= $(shell nproc)
 DEPTHS ?= 0,4096
 
-.PHONY: help setup build test lint fmt bench bench-kernels bench-peer demo docs
+.PHONY: help setup build test lint fmt bench bench-kernels bench-peer page demo docs
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ bench-kernels: ## every kernel against the machine's peaks
 
 bench-peer: need-model build ## MODEL side by side with llama.cpp's library
 	$(PEER_PYTHON) tools/bench_peer.py -m $(MODEL) -d $(DEPTHS) -t $(THREADS)
+
+page: build ## the server's page in headless Chromium, if there is one
+	tools/page_check.py
 
 demo: build ## the long-context demonstration
 	target/release/mneme demo

@@ -1,30 +1,31 @@
 #!/usr/bin/env python3
 """mneme serve and llama-server side by side on one file: throughput of parallel streams, and how long a
-short request waits while a long prompt is being read.
+short request waits for its first token while a long prompt is being read.
 
-Both servers get the same GGUF, threads, slots and requests, in turns within one run; the table shows
-medians and the ratio mneme / llama.cpp. Ends with one JSON line. Standard library only; llama-server is
-never needed to build or run mneme.
+Both servers get the same GGUF, threads, slots and token ids, in turns within one run, and only one of them
+has anything to do at a time; the table shows medians, the range in brackets, and the ratio mneme / llama.cpp.
+Ends with one JSON line. Standard library only; llama-server is never needed to build or run mneme.
 
     tools/bench_server.py -m model.gguf --llama-server llama.cpp/build/bin/llama-server -t 2
+    tools/bench_server.py -m model.gguf --llama-server ... --streams "" --long 16384    # only the waiting
 """
 
 import argparse
 import http.client
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 WORDS = "the of and to in is was for on that with as by at from his it an were are".split()
 
 
-def prompt(seed, n):
-    """About n words that no other seed begins with, so that no server knows a part of it."""
+def words(seed, n):
+    """n words that no other seed begins with, so that no server knows a part of them."""
     out, state = [], seed * 7919 + 1
     for _ in range(n):
         state = (state * 1103515245 + 12345) % (1 << 31)
@@ -53,12 +54,23 @@ class Server:
         reply = connection.getresponse()
         return reply.status, reply.read()
 
-    def stream(self, text, n, on_first=None):
-        """Seconds to the first token and to the last, tokens written, tokens of the prompt."""
-        body = {"prompt": text, "n_predict": n, "ignore_eos": True, "temperature": 0, "stream": True, "cache_prompt": False}
+    def prompt(self, seed, n):
+        """n token ids that no other seed begins with."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", "/tokenize", json.dumps({"content": words(seed, n)}))
+        return json.loads(connection.getresponse().read())["tokens"][:n]
+
+    def ask(self, ids, n):
+        """A stream that was asked for: its connection, and when."""
+        body = {"prompt": ids, "n_predict": n, "ignore_eos": True, "temperature": 0, "stream": True, "cache_prompt": False}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1200)
         begin = time.perf_counter()
         connection.request("POST", "/completion", json.dumps(body))
+        return connection, begin
+
+    def stream(self, ids, n):
+        """Seconds to the first token and to the last, tokens written."""
+        connection, begin = self.ask(ids, n)
         reply = connection.getresponse()
         if reply.status != 200:
             sys.exit(f"{self.name}: {reply.status} {reply.read()[:300]}")
@@ -70,7 +82,10 @@ class Server:
                 first = first or last
                 final = json.loads(line[6:])
         connection.close()
-        return first, last, final["tokens_predicted"], final["tokens_evaluated"]
+        return first, last, final["tokens_predicted"]
+
+    def busy(self):
+        return sum(slot["is_processing"] for slot in json.loads(self.get("/slots")[1]))
 
     def end(self):
         self.process.terminate()
@@ -79,25 +94,41 @@ class Server:
 
 def throughput(server, args, parallel, seed):
     """Tokens per second over all of `parallel` streams, reading their prompts included."""
+    prompts = [server.prompt(seed * 100 + i, args.prompt) for i in range(parallel)]
     begin = time.perf_counter()
     with ThreadPoolExecutor(parallel) as pool:
-        jobs = [pool.submit(server.stream, prompt(seed * 100 + i, args.words), args.predict) for i in range(parallel)]
-        done = [job.result() for job in jobs]
-    seconds = time.perf_counter() - begin
-    return sum(d[2] for d in done) / seconds
+        done = [job.result() for job in [pool.submit(server.stream, ids, args.predict) for ids in prompts]]
+    return [sum(d[2] for d in done) / (time.perf_counter() - begin)]
 
 
-def first_token(server, args, seed):
-    """Seconds to the first token of a short request that comes while a long prompt is read."""
-    long = threading.Thread(target=server.stream, args=(prompt(seed * 100 + 50, args.long), 1))
-    long.start()
-    time.sleep(args.delay)
-    short = server.stream(prompt(seed * 100 + 51, 8), 4)
-    busy = long.is_alive()
-    long.join()
-    if not busy:
-        print(f"note: {server.name} had read the long prompt before the short request was done", file=sys.stderr)
-    return short[0]
+def first_tokens(server, args, seed):
+    """Seconds to the first token of short requests, one after the other while a long prompt is read."""
+    long = server.prompt(seed * 100 + 50, args.long)
+    shorts = [server.prompt(seed * 100 + 51 + i, 8) for i in range(args.shorts)]
+    connection, begin = server.ask(long, 1)
+    connection.sock.setblocking(False)
+    out = []
+    for nth, ids in enumerate(shorts):
+        time.sleep(args.delay)
+        at = time.perf_counter() - begin
+        if answered(connection):
+            print(f"note: {server.name} had read the long prompt after {nth} short requests", file=sys.stderr)
+            break
+        first = server.stream(ids, 4)[0]
+        print(f"      {server.name}: asked after {at:.1f} s of reading, first token after {first:.2f} s", file=sys.stderr)
+        out.append(first)
+    connection.close()
+    while server.busy():
+        time.sleep(0.1)
+    return out
+
+
+def answered(connection):
+    """Whether anything has come."""
+    try:
+        return bool(connection.sock.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
 
 
 def main():
@@ -107,17 +138,17 @@ def main():
     parser.add_argument("--llama-server", required=True)
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--streams", default="1,4,8")
-    parser.add_argument("--words", type=int, default=64, help="words of a stream's prompt")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a stream's prompt")
     parser.add_argument("--predict", type=int, default=48, help="tokens each stream writes")
-    parser.add_argument("--long", type=int, default=16000, help="words of the long prompt")
-    parser.add_argument("--delay", type=float, default=1.0, help="seconds from the long request to the short one")
+    parser.add_argument("--long", type=int, default=16384, help="tokens of the long prompt; 0: no such test")
+    parser.add_argument("--shorts", type=int, default=4, help="short requests while it is read")
+    parser.add_argument("--delay", type=float, default=2.0, help="seconds before each of them")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ttft-rounds", type=int, default=1)
     parser.add_argument("--port", type=int, default=18200)
     args = parser.parse_args()
-    streams = [int(n) for n in args.streams.split(",")]
-    slots = max(streams)
-    ctx = slots * 20480
+    streams = [int(n) for n in args.streams.split(",") if n]
+    slots = max([2, *streams])
+    ctx = slots * max(args.long + 64, args.prompt + args.predict + 64)
     shared = ["-m", args.model, "-t", str(args.threads), "-np", str(slots), "-c", str(ctx)]
     servers = [
         Server("mneme", [args.mneme, "serve", "--port", str(args.port), *shared], args.port),
@@ -133,19 +164,24 @@ def main():
         got = {server.name: [] for server in servers}
         for nth in range(rounds):
             for server in servers:
-                got[server.name].append(measure(server, nth + 1))
-        ours, theirs = (statistics.median(got[server.name]) for server in servers)
-        rows.append({"test": test, "mneme": ours, "llama.cpp": theirs, "ratio": ours / theirs, "better": better})
-        print(f"| {test} | {ours:.2f} {unit} | {theirs:.2f} {unit} | {ours / theirs:.2f} |", flush=True)
+                got[server.name] += measure(server, nth + 1)
+        if not all(got.values()):
+            return
+        ours, theirs = (got[server.name] for server in servers)
+        ratio = statistics.median(ours) / statistics.median(theirs)
+        rows.append({"test": test, "mneme": ours, "llama.cpp": theirs, "ratio": ratio, "better": better})
+        cell = lambda all: f"{statistics.median(all):.2f} {unit} [{min(all):.2f}, {max(all):.2f}]"
+        print(f"| {test} | {cell(ours)} | {cell(theirs)} | {ratio:.3f} |", flush=True)
 
     print(f"{os.path.basename(args.model)}, {args.threads} threads, -np {slots}")
     print("| test | mneme | llama.cpp | ratio |\n| --- | ---: | ---: | ---: |")
     for server in servers:
-        server.stream(prompt(99, 64), 8)
+        server.stream(server.prompt(99, 64), 8)
     for n in streams:
         row(f"{n} streams", "tokens/s", lambda s, nth, n=n: throughput(s, args, n, nth * 10 + n), args.rounds, "more")
-    name = f"first token beside a prompt of {args.long} words"
-    row(name, "s", lambda s, nth: first_token(s, args, nth + 90), args.ttft_rounds, "less")
+    if args.long:
+        name = f"first token beside a prompt of {args.long} tokens"
+        row(name, "s", lambda s, nth: first_tokens(s, args, nth + 90), 1, "less")
     for server in servers:
         server.end()
     print(json.dumps({"model": os.path.basename(args.model), "threads": args.threads, "rows": rows}))

@@ -13,8 +13,9 @@ mod serve;
 
 use axum::body::Bytes;
 use libfuzzer_sys::fuzz_target;
+use mneme_engine::scheduler::Totals;
 use serve::app::App;
-use serve::routes::{Call, ROUTES, Route};
+use serve::routes::{Call, Handler, ROUTES, Route};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -34,7 +35,7 @@ static SETUP: LazyLock<Setup> = LazyLock::new(|| {
     let flags = "-c 64 -np 2 -n 8 -t 1 --embeddings --metrics --props".split(' ');
     let flags: Vec<String> = flags.map(String::from).collect();
     let args = serve::args::Args::parse(&flags, |_| None).expect("flags");
-    let (app, _) = serve::load(args, &path).expect("the model loads");
+    let (app, _) = serve::load(args, &path, Totals::default()).expect("the model loads");
     // The model is mapped; its name may go.
     drop(dir);
     Setup {
@@ -55,8 +56,11 @@ fuzz_target!(|data: &[u8]| {
         query: vec![("action".into(), "erase".into())],
         body: Bytes::copy_from_slice(body),
     };
+    let Handler::Model(handler) = route.handler else {
+        return;
+    };
     setup.runtime.block_on(async {
-        match (route.handler)(Arc::clone(&setup.app), call).await {
+        match handler(Arc::clone(&setup.app), call).await {
             Ok(response) => {
                 // A stream is read to its end, so that pieces are looked at too.
                 let body = axum::body::to_bytes(response.into_body(), 1 << 24).await;

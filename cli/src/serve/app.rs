@@ -35,12 +35,8 @@ pub struct App {
     pub pooling: Pooling,
     /// Head of a reranker.
     pub classifier: Option<Classifier>,
-    /// Seconds since 1970 when the process started.
-    pub started: u64,
     /// The vocabulary as grammars need it, made when the first one comes.
     pub grammar_vocab: std::sync::OnceLock<Result<GrammarVocab, String>>,
-    /// Totals at the last scrape of /metrics.
-    pub scraped: std::sync::Mutex<super::metrics::Scrape>,
 }
 
 /// Seconds since 1970.

@@ -3,6 +3,7 @@
 //! Every flag that takes a value is also read from the environment (`LLAMA_ARG_...`); the command
 //! line wins. In long flags `_` means `-`.
 
+use super::routes::ROUTES;
 use crate::device::{DeviceArgs, parse_layers};
 use anyhow::{Context, Result, anyhow, bail};
 use mneme_engine::SequenceOptions;
@@ -104,7 +105,11 @@ pub struct Args {
     pub slot_save_path: Option<PathBuf>,
     pub similarity: f32,
     pub context_shift: bool,
+    /// The model is let go when nobody has used it for so long.
+    pub sleep_idle: Option<Duration>,
     pub ui: bool,
+    /// Route of Vertex AI's prediction protocol.
+    pub predict_route: Option<String>,
     pub verbose: bool,
     /// Server-wide values of the fields of a request, by their names there.
     pub defaults: Map<String, Value>,
@@ -160,7 +165,9 @@ impl Default for Args {
             slot_save_path: None,
             similarity: 0.1,
             context_shift: false,
+            sleep_idle: None,
             ui: true,
+            predict_route: None,
             verbose: false,
             defaults: Map::new(),
             print: None,
@@ -331,6 +338,14 @@ const FLAGS: &[Flag] = &[
     flag(&["-sps", "--slot-prompt-similarity"], Text, "", "X  a slot is chosen for its past when it holds this share of the prompt (0.1)", put!(similarity <- number)),
     flag(&["--context-shift"], Nothing, "CONTEXT_SHIFT", "a full slot forgets its oldest text instead of ending the answer", put!(context_shift = true)),
     flag(&["--no-context-shift"], Nothing, "NO_CONTEXT_SHIFT", "the answer ends when the slot is full (default)", put!(context_shift = false)),
+    flag(&["--sleep-idle-seconds"], Text, "SLEEP_IDLE_SECONDS", "N  let the model go when nobody has used it for so long, load it again for the next request; -1 off (-1)", |args, v| {
+        args.sleep_idle = match number::<i64>(v)? {
+            -1 => None,
+            n if n > 0 => Some(Duration::from_secs(n as u64)),
+            _ => bail!("expected a positive number of seconds, or -1, got `{v}`"),
+        };
+        Ok(())
+    }),
     flag(&["--no-ui", "--no-webui"], Nothing, "NO_WEBUI", "no page at /", put!(ui = false)),
     flag(&["--ui", "--webui"], Nothing, "WEBUI", "a page at / (default)", put!(ui = true)),
     flag(&["-v", "--verbose", "--log-verbose"], Nothing, "", "say more; replies carry `__verbose`", put!(verbose = true)),
@@ -389,7 +404,7 @@ const FLAGS: &[Flag] = &[
         "--no-mmap", "--mmap", "--perf", "--no-perf", "--swa-full", "--check-tensors", "--log-disable", "--log-prefix",
         "--log-timestamps", "--no-log-prefix", "--no-log-timestamps", "-kvo", "--kv-offload", "-nkvo", "--no-kv-offload",
         "--repack", "-nr", "--no-repack", "--no-host", "-cmoe", "--cpu-moe", "--no-cache-idle-slots", "--cache-idle-slots",
-        "--verbose-prompt", "--backend-sampling", "--no-models-autoload", "--models-autoload", "--ui-mcp-proxy",
+        "--verbose-prompt", "--backend-sampling", "--no-models-autoload", "--models-autoload",
         "--no-mmproj", "--escape", "-e", "--no-escape", "--special", "-sp", "--spm-infill", "--skip-chat-parsing",
         "--lora-init-without-apply", "--dio", "--direct-io", "--no-dio", "--no-direct-io", "--cpu-strict", "--op-offload",
         "--no-op-offload"], Nothing, "", "", ignore),
@@ -401,15 +416,22 @@ const FLAGS: &[Flag] = &[
         "--poll-batch", "-C", "--cpu-mask", "-Cr", "--cpu-range", "-cram", "--cache-ram", "--cache-reuse",
         "--path", "--fit", "--fit-ctx", "--fit-target", "-dt", "--defrag-thold", "--slot-save-interval",
         "--mmproj", "--mmproj-url", "--media-path", "--models-dir", "--models-max", "--models-preset",
-        "--sleep-idle-seconds", "--reasoning-budget-message", "--dry-sequence-breaker", "--adaptive-target",
-        "--adaptive-decay", "-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "--grp-attn-n", "--grp-attn-w", "-gan", "-gaw", "--chat-template-tool-use", "--tools",
+        "--reasoning-budget-message", "--dry-sequence-breaker", "--adaptive-target",
+        "--adaptive-decay", "-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "--grp-attn-n", "--grp-attn-w", "-gan", "-gaw", "--chat-template-tool-use",
         "--webui-config", "--webui-config-file", "--ui-config", "--ui-config-file", "--checkpoint-every-n-tokens"],
         Text, "", "", ignore),
+    flag(&["--ui-mcp-proxy"], Nothing, "", "", |_, _| { absent("--ui-mcp-proxy"); Ok(()) }),
+    flag(&["--tools"], Text, "", "", |_, _| { absent("--tools"); Ok(()) }),
     flag(&["-md", "--model-draft", "--spec-draft-model", "--draft", "--draft-n", "--draft-max", "--draft-min", "--draft-p-min",
         "--spec-type", "--spec-draft-n-max", "--spec-draft-n-min", "--lora", "--lora-scaled", "--control-vector",
         "--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx", "--yarn-ext-factor",
         "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast", "--override-kv"], Text, "", "", not_here),
 ];
+
+/// Says that a flag has no effect, for those whose users would miss it.
+fn absent(name: &str) {
+    eprintln!("warning: {name}: this server does not have it, see docs/server.md");
+}
 
 /// Flags that would change what the model computes or what the wire carries, which we cannot do.
 fn not_here(_: &mut Args, _: &str) -> Result<()> {
@@ -461,6 +483,7 @@ impl Args {
             }
             (flag.set)(&mut args, &value).with_context(|| name)?;
         }
+        args.predict(&env)?;
         // Keys on the command line stand for all keys.
         let keys_from_env = std::mem::take(&mut args.api_keys);
         let mut rest = argv.iter().peekable();
@@ -501,6 +524,23 @@ impl Args {
         }
         args.check()?;
         Ok(args)
+    }
+
+    /// What Vertex AI tells its containers through the environment.
+    fn predict(&mut self, env: impl Fn(&str) -> Option<String>) -> Result<()> {
+        if env("AIP_MODE").as_deref() != Some("PREDICTION") {
+            return Ok(());
+        }
+        let path = env("AIP_PREDICT_ROUTE").unwrap_or_else(|| "/predict".into());
+        let taken = ROUTES.iter().any(|r| r.paths.contains(&path.as_str()));
+        if taken || !path.starts_with('/') || path.contains(['{', '}', '*']) {
+            bail!("AIP_PREDICT_ROUTE: expected a path that no other route has, got `{path}`");
+        }
+        self.predict_route = Some(path);
+        if let Some(port) = env("AIP_HTTP_PORT") {
+            self.port = number(&port).context("AIP_HTTP_PORT")?;
+        }
+        Ok(())
     }
 
     fn check(&self) -> Result<()> {

@@ -42,6 +42,11 @@ impl ApiError {
         ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", message)
     }
 
+    /// 403: a feature that is not on.
+    pub fn disabled(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::FORBIDDEN, "feature_disabled", message)
+    }
+
     /// 404.
     pub fn not_found() -> ApiError {
         ApiError::new(StatusCode::NOT_FOUND, "not_found_error", "File Not Found")

@@ -1,9 +1,10 @@
 //! Sockets, connections, and what every request goes through before its handler.
 
-use super::app::App;
 use super::args::Args;
 use super::errors::{ApiError, ApiResult};
-use super::routes::{Call, ROUTES, Route};
+use super::front::Front;
+use super::predict;
+use super::routes::{Call, Handler, ROUTES};
 use anyhow::{Context, Result};
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -16,7 +17,7 @@ use futures::StreamExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
@@ -36,27 +37,6 @@ const BODY_SILENCE: Duration = Duration::from_secs(30);
 const DRAIN: usize = 1 << 30;
 /// Time that running requests get to end after a signal.
 const GRACE: Duration = Duration::from_secs(2);
-
-/// What the gate needs before the model is there.
-pub struct Front {
-    /// The flags.
-    pub args: Args,
-    /// The server, once the model is loaded.
-    pub app: OnceLock<Arc<App>>,
-    open_paths: Vec<String>,
-}
-
-impl Front {
-    /// A front without a model.
-    pub fn new(args: Args) -> Front {
-        let open = ROUTES.iter().filter(|r| r.open).flat_map(|r| r.paths);
-        Front {
-            open_paths: open.map(|p| format!("{}{p}", args.api_prefix)).collect(),
-            args,
-            app: OnceLock::new(),
-        }
-    }
-}
 
 /// A socket that is open.
 pub enum Socket {
@@ -134,23 +114,28 @@ pub async fn bind(args: &Args) -> Result<Vec<Socket>> {
 /// The routes behind the gate.
 pub fn router(front: &Arc<Front>) -> Router {
     let mut router = Router::new();
-    for route in ROUTES {
-        let filter = match route.method {
-            "GET" => MethodFilter::GET,
-            _ => MethodFilter::POST,
+    let mut add = |method: &str, path: &str, handler: Handler| {
+        let (filter, has_body) = match method {
+            "GET" => (MethodFilter::GET, false),
+            _ => (MethodFilter::POST, true),
         };
+        let answer = move |State(front): State<Arc<Front>>, params: RawPathParams, request: Request| async move {
+            match run(&front, handler, has_body, &params, request).await {
+                Ok(response) => response,
+                Err(e) => e.into_response(),
+            }
+        };
+        let path = format!("{}{path}", front.args.api_prefix);
+        router = std::mem::take(&mut router).route(&path, on(filter, answer));
+    };
+    for route in ROUTES {
         for path in route.paths {
-            let path = format!("{}{path}", front.args.api_prefix);
-            let handler = move |State(front): State<Arc<Front>>,
-                                params: RawPathParams,
-                                request: Request| async move {
-                match run(&front, route, &params, request).await {
-                    Ok(response) => response,
-                    Err(e) => e.into_response(),
-                }
-            };
-            router = router.route(&path, on(filter, handler));
+            add(route.method, path, route.handler);
         }
+    }
+    if let Some(path) = &front.args.predict_route {
+        let handler = Handler::Model(|app, call| Box::pin(predict::predict(app, call)));
+        add("POST", path, handler);
     }
     let missing = || async { ApiError::not_found() };
     router
@@ -161,22 +146,25 @@ pub fn router(front: &Arc<Front>) -> Router {
 }
 
 async fn run(
-    front: &Front,
-    route: &'static Route,
+    front: &Arc<Front>,
+    handler: Handler,
+    has_body: bool,
     params: &RawPathParams,
     request: Request,
 ) -> ApiResult<Response> {
-    let Some(app) = front.app.get() else {
-        return Err(ApiError::unavailable("Loading model"));
-    };
     let id = params.iter().find(|(name, _)| *name == "id");
     let id = id.map_or(String::new(), |(_, id)| id.to_owned());
     let query = query(request.uri());
-    let body = match route.method {
-        "GET" => Bytes::new(),
-        _ => read_body(request.into_body(), front.args.max_body, front.args.timeout).await?,
+    let body = match has_body {
+        false => Bytes::new(),
+        true => read_body(request.into_body(), front.args.max_body, front.args.timeout).await?,
     };
-    (route.handler)(Arc::clone(app), Call { id, query, body }).await
+    let call = Call { id, query, body };
+    match handler {
+        Handler::Front(answer) => answer(Arc::clone(front), call).await,
+        // Last: what is no request keeps nobody awake.
+        Handler::Model(answer) => answer(front.app().await?, call).await,
+    }
 }
 
 fn query(uri: &Uri) -> Vec<(String, String)> {
@@ -306,12 +294,14 @@ async fn gate(State(front): State<Arc<Front>>, request: Request, next: Next) -> 
     let origin = allowed_origin(&front, request.headers());
     let is_options = request.method() == Method::OPTIONS;
     let path = request.uri().path();
-    let is_open = front.open_paths.iter().any(|p| p == path);
+    let path = path.strip_prefix(front.args.api_prefix.as_str());
+    let is_open = |path: &str| ROUTES.iter().any(|r| r.open && r.paths.contains(&path));
+    let is_open = path.is_some_and(is_open);
     let mut response = if is_options {
         StatusCode::OK.into_response()
     } else if !is_open && !has_key(&front, request.headers()) {
         ApiError::key().into_response()
-    } else if front.app.get().is_none() {
+    } else if front.is_loading() {
         ApiError::unavailable("Loading model").into_response()
     } else {
         next.run(request).await

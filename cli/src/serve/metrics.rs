@@ -1,7 +1,7 @@
 //! GET /metrics: running totals for Prometheus.
 
-use super::app::App;
 use super::errors::{ApiError, ApiResult};
+use super::front::{Front, Present};
 use super::routes::Call;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
@@ -32,16 +32,18 @@ fn row(out: &mut String, kind: &str, name: &str, help: &str, value: f64) {
 }
 
 /// GET /metrics
-pub async fn metrics(app: Arc<App>, _: Call) -> ApiResult<Response> {
-    if !app.args.endpoint_metrics {
+pub async fn metrics(front: Arc<Front>, _: Call) -> ApiResult<Response> {
+    if !front.args.endpoint_metrics {
         return Err(ApiError::unsupported(
             "This server does not support metrics endpoint. Start it with `--metrics`",
         ));
     }
-    let t = app.ask(Command::Totals).await?;
-    let slots = app.ask(Command::Slots).await?;
+    let (t, slots) = match front.present()? {
+        Present::Awake(app) => (app.ask(Command::Totals).await?, app.ask(Command::Slots).await?),
+        Present::Asleep(notes) => (notes.totals.clone(), notes.slots.clone()),
+    };
     let before = {
-        let mut kept = app.scraped.lock().unwrap_or_else(|e| e.into_inner());
+        let mut kept = front.scraped.lock().unwrap_or_else(|e| e.into_inner());
         std::mem::replace(
             &mut *kept,
             Scrape {
@@ -58,7 +60,7 @@ pub async fn metrics(app: Arc<App>, _: Call) -> ApiResult<Response> {
         header::CONTENT_TYPE,
         HeaderValue::from_static("text/plain; version=0.0.4"),
     );
-    headers.insert("Process-Start-Time-Unix", HeaderValue::from(app.started));
+    headers.insert("Process-Start-Time-Unix", HeaderValue::from(front.started));
     Ok(response)
 }
 

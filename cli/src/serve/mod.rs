@@ -11,6 +11,7 @@ mod chat;
 mod embed;
 mod errors;
 mod fields;
+mod front;
 mod generate;
 mod http;
 mod metrics;
@@ -18,6 +19,7 @@ mod native;
 mod openai;
 mod openapi;
 mod output;
+mod predict;
 mod prompt;
 mod responses;
 pub(crate) mod routes;
@@ -26,13 +28,13 @@ mod ui;
 
 use anyhow::{Context, Result, bail};
 use app::App;
-use http::Front;
+use front::Front;
 use mneme_engine::chat::{ChatTemplate, NAMED_TEMPLATES};
 use mneme_engine::embed::{Classifier, Pooling};
-use mneme_engine::scheduler::{Command, Handle, Options, Scheduler};
+use mneme_engine::scheduler::{Options, Scheduler, Totals};
 use mneme_engine::{Engine, LoadOptions, Model, SequenceOptions};
 use std::io::Write;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tokio::sync::watch;
 
 /// Shown as `system_fingerprint` and `build_info`.
@@ -82,36 +84,25 @@ async fn main(args: args::Args, path: std::path::PathBuf) -> Result<()> {
     for socket in &sockets {
         eprintln!("listening on {}", socket.address());
     }
-    let front = Arc::new(Front::new(args));
+    let idle = args.sleep_idle;
+    let front = Arc::new(Front::new(args, path));
     let (stop, stopped) = watch::channel(false);
     let serving = tokio::spawn(http::serve(sockets, http::router(&front), stopped.clone()));
     tokio::spawn(watch_signals(stop));
-
-    let loading = {
-        let front = Arc::clone(&front);
-        tokio::task::spawn_blocking(move || load(front.args.clone(), &path))
-    };
     let told = async move {
         let mut stopped = stopped;
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    let (app, thread) = tokio::select! {
-        loaded = loading => loaded.context("loading the model")??,
+    tokio::select! {
+        loaded = front.load() => loaded.context("loading the model")?,
         // Told to stop before there was anything to serve.
         () = told => return Ok(()),
-    };
-    let handle: Handle = app.handle.clone();
-    eprintln!(
-        "ready: {} slots of {} tokens, memory {}",
-        app.n_slots, app.n_ctx, app.memory.text
-    );
-    // Nobody else sets it.
-    let _ = front.app.set(Arc::new(app));
+    }
+    if let Some(after) = idle {
+        tokio::spawn(Arc::clone(&front).watch(after));
+    }
     let _ = serving.await;
-    // What still runs after the grace is told that the server ends.
-    let _ = handle.send(Command::Stop);
-    let joined = tokio::task::spawn_blocking(move || thread.join());
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), joined).await;
+    front.end().await;
     Ok(())
 }
 
@@ -138,10 +129,11 @@ async fn watch_signals(stop: watch::Sender<bool>) {
     }
 }
 
-/// Loads the model and starts the thread that runs it.
+/// Loads the model and starts the thread that runs it, which counts on from `totals`.
 pub(crate) fn load(
     args: args::Args,
     path: &std::path::Path,
+    totals: Totals,
 ) -> Result<(App, std::thread::JoinHandle<()>)> {
     let n_threads = args
         .n_threads
@@ -185,6 +177,7 @@ pub(crate) fn load(
             similarity: args.similarity,
             max_waiting: args.max_waiting,
             context_shift: args.context_shift,
+            totals,
         },
     )?;
     let thread = std::thread::Builder::new()
@@ -224,9 +217,7 @@ pub(crate) fn load(
         memory,
         pooling,
         classifier,
-        started: app::now(),
         grammar_vocab: std::sync::OnceLock::new(),
-        scraped: Mutex::default(),
     };
     Ok((app, thread))
 }

@@ -3,6 +3,7 @@
 use super::app::App;
 use super::errors::{ApiError, ApiResult};
 use super::fields::{self, get, wrong};
+use super::front::{Front, Present};
 use super::generate::{self, Generation, Protocol, data, json_reply};
 use super::{chat, prompt, routes::Call};
 use axum::response::Response;
@@ -224,7 +225,19 @@ pub async fn apply_template(app: Arc<App>, call: Call) -> ApiResult<Response> {
 }
 
 /// GET /props
-pub async fn props(app: Arc<App>, _: Call) -> ApiResult<Response> {
+pub async fn props(front: Arc<Front>, _: Call) -> ApiResult<Response> {
+    Ok(json_reply(&match front.present()? {
+        Present::Awake(app) => properties(&app).await?,
+        Present::Asleep(notes) => {
+            let mut out = notes.props.clone();
+            out["is_sleeping"] = true.into();
+            out
+        }
+    }))
+}
+
+/// What GET /props answers while the model is there.
+pub async fn properties(app: &App) -> ApiResult<Value> {
     let vocab = &app.model.tokenizer;
     let settings = fields::Settings::read(&json!({}), &app.args.defaults, vocab)?;
     let gguf = app.model.gguf();
@@ -233,7 +246,7 @@ pub async fn props(app: Arc<App>, _: Call) -> ApiResult<Response> {
         "total_slots": app.n_slots,
         "model_alias": app.model_name(),
         "model_path": app.model.path.display().to_string(),
-        "model_ftype": file_type(&app),
+        "model_ftype": file_type(app),
         "modalities": {"vision": false, "video": false, "audio": false},
         "media_marker": "<__media__>",
         "endpoint_slots": app.args.endpoint_slots,
@@ -266,7 +279,7 @@ pub async fn props(app: Arc<App>, _: Call) -> ApiResult<Response> {
     if let Ok(Some(name)) = gguf.opt_str("general.name") {
         out["model_name"] = name.into();
     }
-    Ok(json_reply(&out))
+    Ok(out)
 }
 
 /// POST /props

@@ -4,6 +4,7 @@ use super::app::{App, new_id, now};
 use super::chat;
 use super::errors::{ApiError, ApiResult};
 use super::fields::{flag, get, text};
+use super::front::{Front, Present};
 use super::generate::{
     self, Generation, Protocol, data, finish_reason, json_reply, probs_json, progress_json, usage,
 };
@@ -15,7 +16,17 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// GET /v1/models
-pub async fn models(app: Arc<App>, _: Call) -> ApiResult<Response> {
+pub async fn models(front: Arc<Front>, _: Call) -> ApiResult<Response> {
+    let mut list = match front.present()? {
+        Present::Awake(app) => model_list(&app),
+        Present::Asleep(notes) => notes.models.clone(),
+    };
+    list["data"][0]["created"] = now().into();
+    Ok(json_reply(&list))
+}
+
+/// What GET /v1/models answers.
+pub fn model_list(app: &App) -> Value {
     let hp = app.model.hparams();
     let gguf = app.model.gguf();
     let name = app.model_name();
@@ -27,7 +38,7 @@ pub async fn models(app: Arc<App>, _: Call) -> ApiResult<Response> {
         Ok(Some("gpt2")) => 2,
         _ => 0,
     };
-    Ok(json_reply(&json!({
+    json!({
         "models": [{
             "name": name, "model": name, "modified_at": "", "size": "", "digest": "",
             "type": "model", "description": "", "tags": [""], "capabilities": ["completion"],
@@ -53,10 +64,10 @@ pub async fn models(app: Arc<App>, _: Call) -> ApiResult<Response> {
                 "n_embd": hp.n_embd,
                 "n_params": n_params,
                 "size": size,
-                "ftype": native::file_type(&app),
+                "ftype": native::file_type(app),
             },
         }],
-    })))
+    })
 }
 
 /// What every reply of one request shares.

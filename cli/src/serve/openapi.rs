@@ -1,8 +1,8 @@
 //! GET /openapi.json, made from the table of routes and the table of fields.
 
-use super::app::App;
 use super::errors::ApiResult;
 use super::fields;
+use super::front::Front;
 use super::generate::json_reply;
 use super::routes::{BodyKind, Call, ROUTES, Route};
 use axum::response::Response;
@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 /// GET /openapi.json
-pub async fn description(_: Arc<App>, _: Call) -> ApiResult<Response> {
+pub async fn description(_: Arc<Front>, _: Call) -> ApiResult<Response> {
     Ok(json_reply(&document()))
 }
 

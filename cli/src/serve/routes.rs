@@ -2,6 +2,7 @@
 
 use super::app::App;
 use super::errors::{ApiError, ApiResult};
+use super::front::Front;
 use super::generate::json_reply;
 use super::{anthropic, embed, metrics, native, openai, openapi, responses, slots, ui};
 use axum::body::Bytes;
@@ -34,8 +35,17 @@ impl Call {
     }
 }
 
+/// What a handler returns.
+type Answer = BoxFuture<'static, ApiResult<Response>>;
+
 /// A handler.
-pub type Handler = fn(Arc<App>, Call) -> BoxFuture<'static, ApiResult<Response>>;
+#[derive(Clone, Copy)]
+pub enum Handler {
+    /// Needs the model; a server that sleeps wakes up.
+    Model(fn(Arc<App>, Call) -> Answer),
+    /// Answers also while the model is not there.
+    Front(fn(Arc<Front>, Call) -> Answer),
+}
 
 /// What the body of a request is, for /openapi.json.
 #[derive(Clone, Copy, PartialEq)]
@@ -67,53 +77,66 @@ pub struct Route {
 use BodyKind::{Generation, Json, Nothing};
 
 macro_rules! routes {
-    ($($method:literal [$($path:literal),+] $body:expr, $open:literal, $handler:path, $about:literal;)*) => {
+    ($($method:literal [$($path:literal),+] $body:expr, $open:literal, $kind:ident $handler:path, $about:literal;)*) => {
         &[$(Route {
             method: $method,
             paths: &[$($path),+],
             about: $about,
             body: $body,
             open: $open,
-            handler: |app, call| Box::pin($handler(app, call)),
+            handler: Handler::$kind(|who, call| Box::pin($handler(who, call))),
         }),*]
     };
 }
 
 /// Every route.
 pub const ROUTES: &[Route] = routes! {
-    "GET" ["/health", "/v1/health"] Nothing, true, health, "Whether the model is loaded";
-    "GET" ["/v1/models", "/models"] Nothing, false, openai::models, "The model";
-    "GET" ["/props"] Nothing, false, native::props, "Properties of server, model and memory";
-    "POST" ["/props"] Json, false, native::set_props, "Changes nothing; needs --props";
-    "POST" ["/completion", "/completions"] Generation(&["prompt"]), false, native::completion, "Continue a prompt";
-    "POST" ["/infill"] Generation(&["input_prefix", "input_suffix", "input_extra", "prompt"]), false, native::infill, "Fill a gap in code";
-    "POST" ["/tokenize"] Json, false, native::tokenize, "Text to token ids";
-    "POST" ["/detokenize"] Json, false, native::detokenize, "Token ids to text";
-    "POST" ["/apply-template"] Json, false, native::apply_template, "Messages to the prompt they become";
-    "POST" ["/v1/completions"] Generation(&["prompt", "model"]), false, openai::completions, "OpenAI text completion";
-    "POST" ["/v1/chat/completions", "/chat/completions"] Generation(&["messages", "model", "tools", "tool_choice", "response_format", "stream_options", "top_logprobs", "chat_template_kwargs", "reasoning_effort", "reasoning_format"]), false, openai::chat_completions, "OpenAI chat completion";
-    "POST" ["/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"] Json, false, openai::chat_tokens, "Tokens of a chat request's prompt";
-    "POST" ["/v1/responses", "/responses"] Generation(&["input", "model", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning"]), false, responses::responses, "OpenAI Responses";
-    "POST" ["/v1/responses/input_tokens", "/responses/input_tokens"] Json, false, responses::tokens, "Tokens of a Responses request's prompt";
-    "POST" ["/v1/messages"] Generation(&["messages", "model", "system", "stop_sequences", "tools", "tool_choice", "thinking"]), false, anthropic::messages, "Anthropic Messages";
-    "POST" ["/v1/messages/count_tokens"] Json, false, anthropic::count_tokens, "Tokens of a Messages request's prompt";
-    "POST" ["/v1/embeddings"] Json, false, embed::openai, "OpenAI embeddings; needs --embeddings";
-    "POST" ["/embedding", "/embeddings"] Json, false, embed::native, "Embeddings; needs --embeddings";
-    "POST" ["/v1/rerank", "/rerank", "/v1/reranking", "/reranking"] Json, false, embed::rerank, "Documents in order of relevance; needs --reranking";
-    "GET" ["/slots"] Nothing, false, slots::list, "What every slot does";
-    "GET" ["/slots/{id}/memory"] Nothing, false, slots::memory, "A slot's memory: numbers, and nodes with their spans; ?text adds the text";
-    "POST" ["/slots/{id}/memory"] Json, false, slots::set_memory, "Changes dials of a slot's memory (tau, target_rate) for what it reads from now on";
-    "POST" ["/slots/{id}"] Json, false, slots::act, "?action=save, restore or erase; needs --slot-save-path";
-    "GET" ["/metrics"] Nothing, false, metrics::metrics, "Running totals for Prometheus; needs --metrics";
-    "GET" ["/lora-adapters"] Nothing, false, native::lora, "Adapters: none";
-    "POST" ["/lora-adapters"] Json, false, native::set_lora, "Accepts the empty list";
-    "GET" ["/openapi.json"] Nothing, false, openapi::description, "This description";
-    "GET" ["/", "/index.html"] Nothing, true, ui::page, "A page to chat and to look at the memory";
-    "GET" ["/bundle.js"] Nothing, true, ui::script, "The page's program";
-    "GET" ["/bundle.css"] Nothing, true, ui::style, "The page's style";
+    "GET" ["/health", "/v1/health"] Nothing, true, Front health, "Whether the model is loaded";
+    "GET" ["/v1/models", "/models"] Nothing, false, Front openai::models, "The model";
+    "GET" ["/props"] Nothing, false, Front native::props, "Properties of server, model and memory";
+    "POST" ["/props"] Json, false, Model native::set_props, "Changes nothing; needs --props";
+    "POST" ["/completion", "/completions"] Generation(&["prompt"]), false, Model native::completion, "Continue a prompt";
+    "POST" ["/infill"] Generation(&["input_prefix", "input_suffix", "input_extra", "prompt"]), false, Model native::infill, "Fill a gap in code";
+    "POST" ["/tokenize"] Json, false, Model native::tokenize, "Text to token ids";
+    "POST" ["/detokenize"] Json, false, Model native::detokenize, "Token ids to text";
+    "POST" ["/apply-template"] Json, false, Model native::apply_template, "Messages to the prompt they become";
+    "POST" ["/v1/completions"] Generation(&["prompt", "model"]), false, Model openai::completions, "OpenAI text completion";
+    "POST" ["/v1/chat/completions", "/chat/completions"] Generation(&["messages", "model", "tools", "tool_choice", "response_format", "stream_options", "top_logprobs", "chat_template_kwargs", "reasoning_effort", "reasoning_format"]), false, Model openai::chat_completions, "OpenAI chat completion";
+    "POST" ["/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"] Json, false, Model openai::chat_tokens, "Tokens of a chat request's prompt";
+    "POST" ["/v1/responses", "/responses"] Generation(&["input", "model", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning"]), false, Model responses::responses, "OpenAI Responses";
+    "POST" ["/v1/responses/input_tokens", "/responses/input_tokens"] Json, false, Model responses::tokens, "Tokens of a Responses request's prompt";
+    "POST" ["/v1/messages"] Generation(&["messages", "model", "system", "stop_sequences", "tools", "tool_choice", "thinking"]), false, Model anthropic::messages, "Anthropic Messages";
+    "POST" ["/v1/messages/count_tokens"] Json, false, Model anthropic::count_tokens, "Tokens of a Messages request's prompt";
+    "POST" ["/v1/embeddings"] Json, false, Model embed::openai, "OpenAI embeddings; needs --embeddings";
+    "POST" ["/embedding", "/embeddings"] Json, false, Model embed::native, "Embeddings; needs --embeddings";
+    "POST" ["/v1/rerank", "/rerank", "/v1/reranking", "/reranking"] Json, false, Model embed::rerank, "Documents in order of relevance; needs --reranking";
+    "GET" ["/slots"] Nothing, false, Model slots::list, "What every slot does";
+    "GET" ["/slots/{id}/memory"] Nothing, false, Model slots::memory, "A slot's memory: numbers, and nodes with their spans; ?text adds the text";
+    "POST" ["/slots/{id}/memory"] Json, false, Model slots::set_memory, "Changes dials of a slot's memory (tau, target_rate) for what it reads from now on";
+    "POST" ["/slots/{id}"] Json, false, Model slots::act, "?action=save, restore or erase; needs --slot-save-path";
+    "GET" ["/metrics"] Nothing, false, Front metrics::metrics, "Running totals for Prometheus; needs --metrics";
+    "GET" ["/lora-adapters"] Nothing, false, Model native::lora, "Adapters: none";
+    "POST" ["/lora-adapters"] Json, false, Model native::set_lora, "Accepts the empty list";
+    "GET" ["/cors-proxy"] Nothing, false, Front no_proxy, "Refused: this server fetches nothing for others";
+    "GET" ["/tools"] Nothing, false, Front no_tools, "Refused: this server has no tools of its own";
+    "POST" ["/tools"] Json, false, Front no_tools, "Refused: this server has no tools of its own";
+    "GET" ["/openapi.json"] Nothing, false, Front openapi::description, "This description";
+    "GET" ["/", "/index.html"] Nothing, true, Front ui::page, "A page to chat and to look at the memory";
+    "GET" ["/bundle.js"] Nothing, true, Front ui::script, "The page's program";
+    "GET" ["/bundle.css"] Nothing, true, Front ui::style, "The page's style";
 };
 
 /// GET /health
-async fn health(_: Arc<App>, _: Call) -> ApiResult<Response> {
+async fn health(_: Arc<Front>, _: Call) -> ApiResult<Response> {
     Ok(json_reply(&json!({"status": "ok"})))
+}
+
+/// GET /cors-proxy: refused, as by a llama-server whose proxy is off.
+async fn no_proxy(_: Arc<Front>, _: Call) -> ApiResult<Response> {
+    Err(ApiError::disabled("this server is no proxy"))
+}
+
+/// GET and POST /tools: refused, as by a llama-server without tools.
+async fn no_tools(_: Arc<Front>, _: Call) -> ApiResult<Response> {
+    Err(ApiError::disabled("this server runs no tools"))
 }

@@ -1,7 +1,7 @@
 //! The page at `/`: three files inside the program.
 
-use super::app::App;
 use super::errors::{ApiError, ApiResult};
+use super::front::Front;
 use super::routes::Call;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
@@ -10,8 +10,8 @@ use std::sync::Arc;
 /// Nothing from elsewhere may run or be fetched.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-fn file(app: &App, text: &'static str, kind: &'static str) -> ApiResult<Response> {
-    if !app.args.ui {
+fn file(front: &Front, text: &'static str, kind: &'static str) -> ApiResult<Response> {
+    if !front.args.ui {
         return Err(ApiError::not_found());
     }
     let mut response = text.into_response();
@@ -29,27 +29,27 @@ fn file(app: &App, text: &'static str, kind: &'static str) -> ApiResult<Response
 }
 
 /// GET /
-pub async fn page(app: Arc<App>, _: Call) -> ApiResult<Response> {
+pub async fn page(front: Arc<Front>, _: Call) -> ApiResult<Response> {
     file(
-        &app,
+        &front,
         include_str!("ui/index.html"),
         "text/html; charset=utf-8",
     )
 }
 
 /// GET /bundle.js
-pub async fn script(app: Arc<App>, _: Call) -> ApiResult<Response> {
+pub async fn script(front: Arc<Front>, _: Call) -> ApiResult<Response> {
     file(
-        &app,
+        &front,
         include_str!("ui/bundle.js"),
         "text/javascript; charset=utf-8",
     )
 }
 
 /// GET /bundle.css
-pub async fn style(app: Arc<App>, _: Call) -> ApiResult<Response> {
+pub async fn style(front: Arc<Front>, _: Call) -> ApiResult<Response> {
     file(
-        &app,
+        &front,
         include_str!("ui/bundle.css"),
         "text/css; charset=utf-8",
     )

@@ -101,7 +101,13 @@ impl Server {
 
     /// Starts with `flags` and waits until its socket is open.
     pub fn launch(model: &Path, flags: &[&str]) -> Server {
+        Server::launch_in(model, flags, &[])
+    }
+
+    /// The same, with environment variables.
+    pub fn launch_in(model: &Path, flags: &[&str], env: &[(&str, &str)]) -> Server {
         let mut child = Command::new(env!("CARGO_BIN_EXE_mneme"))
+            .envs(env.iter().copied())
             .args(["serve", "--port", "0", "-t", "1", "-m"])
             .arg(model)
             .args(flags)

@@ -51,6 +51,8 @@ pub struct Options {
     pub max_waiting: usize,
     /// Whether a full slot forgets its oldest text instead of ending the answer.
     pub context_shift: bool,
+    /// Totals to count on from.
+    pub totals: Totals,
 }
 
 /// What a slot looks like from outside.
@@ -261,13 +263,13 @@ impl Scheduler {
             .collect::<Result<Vec<_>>>()?;
         let scheduler = Scheduler {
             engine,
-            options,
             slots,
             queue: VecDeque::new(),
             parked: Vec::new(),
             rx,
             waiting,
-            totals: Totals::default(),
+            totals: options.totals.clone(),
+            options,
             speed: 0.0,
             next_id: 0,
             clock: 0,

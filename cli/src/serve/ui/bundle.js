@@ -187,7 +187,8 @@ function fill(what, turn) {
 }
 
 function show() {
-  $("log").replaceChildren(...current.turns.map(turnNode));
+  const empty = el("p", { class: "empty dim" }, "Ask something, or drop a long text here. The memory panel shows how it is cut into segments, and what is kept of them.");
+  $("log").replaceChildren(...(current.turns.length ? current.turns.map(turnNode) : [empty]));
   $("log").scrollTop = $("log").scrollHeight;
   $("chat-list").replaceChildren(...chats.map((chat) => el("li", {},
     el("button", { class: "open", type: "button", "aria-current": chat === current ? "true" : false, onclick: () => open(chat) }, title(chat)),
@@ -317,7 +318,9 @@ async function send() {
       }
       if (event.timings) {
         const t = event.timings;
-        say(`${t.prompt_n} tokens read (${t.cache_n} known), ${t.predicted_n} written, ${t.predicted_per_second.toFixed(1)} tokens/s`);
+        const known = t.cache_n ? ` (${count(t.cache_n)} known before)` : "";
+        const speed = t.predicted_n > 1 ? `, ${count(Math.round(t.predicted_per_second))} tokens/s` : "";
+        say(`read ${count(t.prompt_n)} in ${(t.prompt_ms / 1000).toFixed(1)} s${known}, wrote ${count(t.predicted_n)}${speed}`);
         if (t.memory) numbers(t.memory);
       }
     }
@@ -374,13 +377,20 @@ function bytes(n) {
   return `${i ? n.toFixed(1) : n} ${units[i]}`;
 }
 
+/** A number as people here write it. */
+function count(n) {
+  return n.toLocaleString();
+}
+
 function numbers(m) {
   const most = Math.max(m.bytes, m.full_bytes, 1);
   $("mem-now").value = m.bytes / most;
   $("mem-full").value = m.full_bytes / most;
   $("mem-bytes").textContent = bytes(m.bytes);
   $("mem-full-bytes").textContent = bytes(m.full_bytes);
-  const rows = { tokens: m.n_tokens, "cells per layer": m.cells, "tokens let go": m.dropped, nodes: m.nodes };
+  const times = m.bytes ? m.full_bytes / m.bytes : 1;
+  $("mem-less").textContent = times >= 1.05 ? `${times.toFixed(times < 10 ? 1 : 0)} times less than a full cache` : "";
+  const rows = { tokens: count(m.n_tokens), "cells per layer": count(m.cells), "tokens let go": count(m.dropped), nodes: count(m.nodes) };
   if (m.rate) rows["tokens per node slot"] = m.rate.toFixed(2);
   if (m.rate_spread) rows["spread of segments"] = m.rate_spread.toFixed(2);
   if (m.longest_segment) rows["longest segment"] = m.longest_segment;
@@ -409,23 +419,51 @@ async function memory() {
   }
 }
 
+/** A colour that neighbours do not share. */
+function colour(n) {
+  return `hsl(${Math.round(n.id * 137.5) % 360} 60% 50%)`;
+}
+
 function segments(view) {
   const shown = view.nodes.slice(-200);
   const cut = (text) => (text.length > 240 ? text.slice(0, 110) + " … " + text.slice(-110) : text);
   const node = (n) => {
-    const p = n.p == null ? "" : `, p ${n.p.toFixed(2)}`;
-    const kids = n.children?.length ? `, of ${n.children.length}` : "";
-    const seg = el("div", { class: "seg", role: "listitem" }, el("b", {}, `${n.start}–${n.end}`), ` level ${n.level}${kids}${p}`, el("div", {}, cut(n.text ?? "")));
-    seg.style.borderColor = `hsl(${(n.id * 47) % 360} 55% 50%)`;
+    const more = [];
+    if (n.level) more.push("level " + n.level);
+    if (n.children?.length) more.push("of " + n.children.length);
+    if (n.p != null) more.push("p " + n.p.toFixed(2));
+    const about = el("div", { class: "about" }, el("b", {}, `${n.start}–${n.end}`), more.join(", "), el("span", {}, `${count(n.end - n.start)} tokens, ${bytes(n.bytes)}`));
+    const seg = el("div", { class: "seg", role: "listitem", id: "seg-" + n.id }, about, el("div", {}, cut(n.text ?? "")));
+    seg.style.borderColor = colour(n);
     return seg;
   };
   const all = shown.map(node);
-  if (view.nodes.length > shown.length) all.unshift(el("div", { class: "dim" }, `${view.nodes.length - shown.length} earlier ones`));
-  if (view.tail && view.n_tokens > view.tail.start) {
-    const seg = el("div", { class: "seg", role: "listitem" }, el("b", {}, `${view.tail.start}–${view.n_tokens}`), view.nodes.length ? " word for word" : " all word for word", el("div", {}, cut(view.tail.text)));
-    all.push(seg);
+  if (view.nodes.length > shown.length) all.unshift(el("div", { class: "dim", role: "listitem" }, `${view.nodes.length - shown.length} earlier ones`));
+  const open = view.tail ? view.n_tokens - view.tail.start : 0;
+  if (open > 0) {
+    const about = el("div", { class: "about" }, el("b", {}, `${view.tail.start}–${view.n_tokens}`), view.nodes.length ? "word for word" : "all word for word", el("span", {}, `${open} tokens`));
+    all.push(el("div", { class: "seg", role: "listitem" }, about, el("div", {}, cut(view.tail.text))));
   }
   $("segments").replaceChildren(...all);
+  map(view, open);
+}
+
+/** The whole text, line by line: a stripe for each node, as wide as its text; what is kept word for word is grey. */
+function map(view, open) {
+  const bar = $("map");
+  bar.hidden = !view.nodes.length;
+  bar.setAttribute("aria-label", `${view.nodes.length} nodes stand for ${view.n_tokens - open} tokens; ${open} tokens are kept word for word`);
+  const lines = Math.min(8, Math.ceil(view.nodes.length / 24));
+  const stripe = (tokens, title, paint, go) => {
+    const part = el("span", { title, onclick: go });
+    part.style.flex = `${tokens} 1 ${((100 * lines * tokens) / view.n_tokens).toFixed(3)}%`;
+    part.style.background = paint;
+    return part;
+  };
+  const parts = view.nodes.map((n) => stripe(n.end - n.start, `${n.start}–${n.end}`, colour(n), () =>
+    document.getElementById("seg-" + n.id)?.scrollIntoView({ block: "nearest" })));
+  if (open > 0) parts.push(stripe(open, "word for word", "var(--line)", () => $("segments").lastElementChild?.scrollIntoView({ block: "nearest" })));
+  bar.replaceChildren(...parts);
 }
 
 // ---- start ----
@@ -444,7 +482,8 @@ function saveSettings() {
 async function about() {
   try {
     const props = await get("props");
-    $("model").textContent = props.model_alias;
+    $("model").textContent = props.model_alias.split("/").pop().replace(/\.gguf$/, "");
+    $("model").title = props.model_path;
     $("memories").replaceChildren(...props.memory.available.map((m) => el("option", { value: m.name }, m.about)));
     $("s-memory").placeholder = props.memory.default;
     const params = props.default_generation_settings.params;
@@ -471,7 +510,14 @@ $("input").addEventListener("keydown", (e) => {
   }
 });
 document.addEventListener("keydown", (e) => {
-  if (e.key === "Escape" && !$("settings").open) stop();
+  if (e.key !== "Escape" || $("settings").open) return;
+  for (const [button, panel] of [["show-chats", "chats"], ["show-memory", "memory"]]) {
+    if (!$(panel).classList.contains("open")) continue;
+    toggle(button, panel);
+    $(button).focus();
+    return;
+  }
+  stop();
 });
 $("stop").addEventListener("click", stop);
 $("new-chat").addEventListener("click", fresh);
