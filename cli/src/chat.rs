@@ -13,6 +13,7 @@ use mneme_engine::chat::{ChatTemplate, RenderInput};
 use mneme_engine::grammar::Grammar;
 use mneme_engine::sampler::{Sampler, SamplerParams};
 use mneme_engine::{Engine, Error, Sequence};
+use mneme_kernels::attend::PAGE_CELLS;
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
@@ -345,10 +346,12 @@ impl Chat<'_> {
         let model = self.engine.model.clone();
         let tokenizer = &model.tokenizer;
         let mut tokens;
-        if let Some(rest) = text.strip_prefix(&self.rendered)
-            && !self.rendered.is_empty()
-        {
-            tokens = tokenizer.encode(rest, false, true);
+        let rest = match text.strip_prefix(&self.rendered) {
+            Some(rest) if !self.rendered.is_empty() => Some(rest.to_owned()),
+            _ => self.after_answer(&text)?,
+        };
+        if let Some(rest) = rest {
+            tokens = tokenizer.encode(&rest, false, true);
             // The token that ended the answer comes back with the template's own text.
             if self.pending.first().is_some_and(|&id| tokenizer.is_eog(id)) {
                 self.pending.clear();
@@ -387,6 +390,26 @@ impl Chat<'_> {
                 Err(e)
             }
         }
+    }
+
+    /// What `text` adds to a sequence that ends with the last answer, where the template writes
+    /// that answer otherwise than the model said it (trimmed, or after a space of its own). The
+    /// answer stays as it was said: reading it again would cost the whole conversation.
+    fn after_answer(&self, text: &str) -> Result<Option<String>> {
+        let is_answer = |m: &Value| m["role"] == "assistant";
+        let Some(last) = self.messages.iter().rposition(is_answer) else {
+            return Ok(None);
+        };
+        let answer = self.messages[last]["content"].as_str().unwrap_or("").trim();
+        if answer.is_empty() || !self.rendered.trim_end().ends_with(answer) {
+            return Ok(None);
+        }
+        let before = self.render(&self.messages[..=last], false)?;
+        let end = before.rfind(answer).map(|at| at + answer.len());
+        Ok(match (text.strip_prefix(&before), end) {
+            (Some(new), Some(end)) => Some(format!("{}{new}", &before[end..])),
+            _ => None,
+        })
     }
 
     /// A message of the user, and the answer to it.
@@ -576,12 +599,16 @@ impl Chat<'_> {
     fn held(&self) -> String {
         let s = self.seq.stats();
         let held = s.cell_bytes + s.state_bytes;
+        let of_full = match held <= s.full_bytes {
+            true => format!("({:.1} %)", 100.0 * held as f64 / s.full_bytes as f64),
+            // A short text: less than the pages that cells come in.
+            false => format!("(cells come in pages of {PAGE_CELLS})"),
+        };
         format!(
-            "memory {}: {} held of {} ({:.1} %), {} tokens dropped",
+            "memory {}: {} held, a full cache {} {of_full}; {} tokens dropped",
             self.seq.spec(),
             human_bytes(held as f64),
             human_bytes(s.full_bytes as f64),
-            100.0 * held as f64 / s.full_bytes.max(1) as f64,
             s.n_dropped
         )
     }

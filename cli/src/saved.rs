@@ -57,6 +57,16 @@ impl Saved {
         Ok((seq, saved))
     }
 
+    /// Refuses a path where no session could be written, before any work is done.
+    pub fn check(path: &Path) -> Result<()> {
+        let dir = match path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir,
+            _ => Path::new("."),
+        };
+        let writable = tempfile::tempfile_in(dir).map(drop);
+        writable.with_context(|| format!("session {}", path.display()))
+    }
+
     /// Writes the session.
     pub fn save(&self, seq: &Sequence, path: &Path) -> Result<u64> {
         let extra = serde_json::to_vec(self).context("session")?;
