@@ -6,10 +6,16 @@ speed drifts from minute to minute. llama.cpp is the library inside the llama-cp
 with flash attention on; each round times one prompt and one stretch of decoding at every depth.
 The table shows medians over the rounds.
 
+llama.cpp takes minutes to read a deep context. With --peer-reads N it reads N tokens and doubles what it holds
+from then on: its cells are copied through its state functions and moved to later positions, so that the depth must be
+N times a power of two. Its speed at a depth does not depend on what the cells say; the times of `fill` beyond N are then
+left out.
+
 Development only: needs numpy and llama-cpp-python (never needed to build or run mneme).
 
     tools/bench_peer.py -m model.gguf -d 0,4096 --rounds 3
     tools/bench_peer.py -m model.gguf -d 16384 --memory window:window=2048,sinks=4
+    tools/bench_peer.py -m model.gguf -d 4096,16384,32768 --peer-reads 4096 --rounds 1
 """
 
 import argparse
@@ -51,6 +57,8 @@ class Peer:
         params.n_ubatch = args.ubatch
         params.n_threads = params.n_threads_batch = args.threads
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if args.peer_reads:
+            params.n_seq_max, params.kv_unified = 2, True  # a second sequence to copy by
         params.type_k = KV_TYPES[args.cache_type_k]
         params.type_v = KV_TYPES[args.cache_type_v]
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
@@ -75,6 +83,21 @@ class Peer:
         if not llama_cpp.llama_memory_seq_rm(memory, 0, depth, -1):
             sys.exit("llama.cpp: cannot take tokens back")
 
+    def double(self, depth):
+        """From `depth` tokens to twice as many: the same cells again, at later positions."""
+        size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
+        state = (ctypes.c_uint8 * size)()
+        if llama_cpp.llama_state_seq_get_data(self.ctx, state, size, 0) != size:
+            sys.exit("llama.cpp: cannot save its cells")
+        if llama_cpp.llama_state_seq_set_data(self.ctx, state, size, 1) != size:
+            sys.exit("llama.cpp: cannot restore its cells")
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        llama_cpp.llama_memory_seq_add(memory, 1, 0, -1, depth)
+        llama_cpp.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+        llama_cpp.llama_memory_seq_rm(memory, 1, -1, -1)
+        self.read(2 * depth, 1)  # the keys are turned to their new positions with the next token
+        self.forget(2 * depth)
+
     def round(self, args):
         """Tokens per second by (test, depth)."""
         self.forget(0)
@@ -82,12 +105,16 @@ class Peer:
         self.forget(0)
         rates, filled, filling = {}, 0, 0.0
         for depth in args.depths:
+            to_read = min(depth, args.peer_reads or depth)
             start = time.perf_counter()
-            self.read(filled, depth - filled)
+            self.read(filled, max(to_read - filled, 0))
             filling += time.perf_counter() - start
-            filled = depth
-            if depth:
+            filled = max(filled, to_read)
+            if depth and filled == depth:
                 rates["fill", depth] = depth / filling
+            while filled < depth:
+                self.double(filled)
+                filled *= 2
             if args.n_prompt:
                 start = time.perf_counter()
                 self.read(depth, args.n_prompt)
@@ -132,7 +159,11 @@ def main():
     parser.add_argument("--memory", default="full", help="mneme's memory; llama.cpp always keeps all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mneme", default=str(root / "target" / "release" / "mneme"))
+    parser.add_argument("--peer-reads", type=int, default=0, metavar="N", help="tokens llama.cpp reads before it doubles (0: all)")
     args = parser.parse_args()
+    for depth in args.depths:
+        if args.peer_reads and depth > args.peer_reads and depth not in [args.peer_reads << i for i in range(20)]:
+            parser.error(f"-d {depth}: not --peer-reads {args.peer_reads} times a power of two")
 
     n_ctx = max(args.depths) + max(args.n_prompt, args.n_gen, 16)
     peer = Peer(args, (n_ctx + 255) // 256 * 256)

@@ -274,6 +274,7 @@ def main():
     llama_cpp.llama_log_set(silent, None)
     if args.what == "types":
         return print_types([args.mneme, args.path, *map(Path, args.types)])
+    args.mneme = args.mneme.resolve()  # `./mneme` would otherwise be looked for in PATH
     if args.what == "compare":
         return compare(args.mneme, [args.path, *map(Path, args.types)])
     if args.what == "logits":

@@ -13,6 +13,7 @@ use mneme_engine::chat::{ChatTemplate, RenderInput};
 use mneme_engine::grammar::Grammar;
 use mneme_engine::sampler::{Sampler, SamplerParams};
 use mneme_engine::{Engine, Error, Sequence};
+use mneme_kernels::attend::PAGE_CELLS;
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
@@ -331,15 +332,16 @@ impl Chat<'_> {
         })?)
     }
 
-    /// The sequence now holds `text`, which need not begin as what it held before: then turns are
-    /// returned to by their tokens alone.
+    /// The sequence now holds `text`, which need not begin as what it held before: turns keep what
+    /// they had.
     fn set_rendered(&mut self, text: String) {
-        let bytes = text.bytes().zip(self.rendered.bytes());
-        let same = bytes.take_while(|(a, b)| a == b).count();
-        for turn in &mut self.turns {
-            if turn.n_rendered > same {
-                turn.n_rendered = 0;
-            }
+        let chars = text.chars().zip(self.rendered.chars());
+        let same = chars.take_while(|(a, b)| a == b);
+        let same = same.map(|(a, _)| a.len_utf8()).sum();
+        for turn in self.turns.iter_mut().filter(|t| t.n_rendered > same) {
+            let own = &self.rendered[same..turn.n_rendered];
+            turn.rest = format!("{own}{}", turn.rest);
+            turn.n_rendered = same;
         }
         self.rendered = text;
     }
@@ -350,10 +352,12 @@ impl Chat<'_> {
         let model = self.engine.model.clone();
         let tokenizer = &model.tokenizer;
         let mut tokens;
-        if let Some(rest) = text.strip_prefix(&self.rendered)
-            && !self.rendered.is_empty()
-        {
-            tokens = tokenizer.encode(rest, false, true);
+        let rest = match text.strip_prefix(&self.rendered) {
+            Some(rest) if !self.rendered.is_empty() => Some(rest.to_owned()),
+            _ => self.after_answer(&text)?,
+        };
+        if let Some(rest) = rest {
+            tokens = tokenizer.encode(&rest, false, true);
             // The token that ended the answer comes back with the template's own text.
             if self.pending.first().is_some_and(|&id| tokenizer.is_eog(id)) {
                 self.pending.clear();
@@ -394,6 +398,26 @@ impl Chat<'_> {
         }
     }
 
+    /// What `text` adds to a sequence that ends with the last answer, where the template writes
+    /// that answer otherwise than the model said it (trimmed, or after a space of its own). The
+    /// answer stays as it was said: reading it again would cost the whole conversation.
+    fn after_answer(&self, text: &str) -> Result<Option<String>> {
+        let is_answer = |m: &Value| m["role"] == "assistant";
+        let Some(last) = self.messages.iter().rposition(is_answer) else {
+            return Ok(None);
+        };
+        let answer = self.messages[last]["content"].as_str().unwrap_or("").trim();
+        if answer.is_empty() || !self.rendered.trim_end().ends_with(answer) {
+            return Ok(None);
+        }
+        let before = self.render(&self.messages[..=last], false)?;
+        let end = before.rfind(answer).map(|at| at + answer.len());
+        Ok(match (text.strip_prefix(&before), end) {
+            (Some(new), Some(end)) => Some(format!("{}{new}", &before[end..])),
+            _ => None,
+        })
+    }
+
     /// A message of the user, and the answer to it.
     fn say(&mut self, text: &str) -> Result<()> {
         let mut content = std::mem::take(&mut self.draft);
@@ -420,6 +444,7 @@ impl Chat<'_> {
             n_past: self.seq.n_past(),
             n_messages: self.messages.len(),
             n_rendered: self.rendered.len(),
+            rest: String::new(),
             pending: self.pending.clone(),
         });
     }
@@ -488,6 +513,7 @@ impl Chat<'_> {
         let held = self.seq.truncate(self.engine.ops(), turn.n_past);
         self.pending = turn.pending;
         self.rendered.truncate(turn.n_rendered);
+        self.rendered += &turn.rest;
         // Memories that cannot go back exactly return to a mark; the rest is read again.
         let rest = &tokens[held..];
         if !rest.is_empty() {
@@ -582,12 +608,16 @@ impl Chat<'_> {
     fn held(&self) -> String {
         let s = self.seq.stats();
         let held = s.cell_bytes + s.state_bytes;
+        let of_full = match held <= s.full_bytes {
+            true => format!("({:.1} %)", 100.0 * held as f64 / s.full_bytes as f64),
+            // A short text: less than the pages that cells come in.
+            false => format!("(cells come in pages of {PAGE_CELLS})"),
+        };
         format!(
-            "memory {}: {} held of {} ({:.1} %), {} tokens dropped",
+            "memory {}: {} held, a full cache {} {of_full}; {} tokens dropped",
             self.seq.spec(),
             human_bytes(held as f64),
             human_bytes(s.full_bytes as f64),
-            100.0 * held as f64 / s.full_bytes.max(1) as f64,
             s.n_dropped
         )
     }

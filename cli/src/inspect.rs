@@ -5,9 +5,10 @@ use crate::device::DeviceArgs;
 use crate::segments;
 use anyhow::{Result, bail};
 use mneme_engine::engine::{N_UBATCH, kv_name};
-use mneme_engine::gguf::{GgmlType, Gguf, TensorInfo, Value};
+use mneme_engine::gguf::{Gguf, TensorInfo, Value};
 use mneme_engine::hparams::Hparams;
 use mneme_engine::memory::spec::MemorySpec;
+use mneme_engine::ops;
 use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout};
 use serde_json::{Map, json};
 use std::collections::BTreeMap;
@@ -342,18 +343,23 @@ impl Estimate {
         let tied = gguf.tensor("output.weight").is_none();
         // Without tying, of the token embeddings only the rows that are read come into memory.
         let used = |t: &&TensorInfo| tied || t.name != "token_embd.weight";
-        let weight_bytes: u64 = gguf.tensors().iter().filter(used).map(|t| t.n_bytes).sum();
-        // Of these types the engine makes interleaved copies; the others stay mapped and come in when first read.
-        let copied = |t: &&TensorInfo| {
-            use GgmlType::{BF16, F16, F32, Q4_0, Q4_K, Q6_K, Q8_0};
-            used(t) && matches!(t.ty, F32 | F16 | BF16 | Q8_0 | Q4_0 | Q4_K | Q6_K)
+        // Of most types the engine makes interleaved copies, some restated in a larger type; the
+        // others stay mapped and come in when first read.
+        let copied = |t: &TensorInfo| match t.dims.len() {
+            0 | 1 => Some(4 * t.n_elements()), // vectors become F32
+            _ => {
+                ops::copied_bytes(t.ty, t.n_rows() as usize, t.n_cols() as usize).map(|n| n as u64)
+            }
         };
-        let copies = || gguf.tensors().iter().filter(copied).map(|t| t.n_bytes);
+        let used = || gguf.tensors().iter().filter(used);
+        let weight_bytes: u64 = used().map(|t| copied(t).unwrap_or(t.n_bytes)).sum();
+        let copies: u64 = used().filter_map(copied).sum();
+        let largest = used().filter(|t| copied(t).is_some()).map(|t| t.n_bytes);
         // Texts, merges and look-up tables, measured on a vocabulary of 150,000.
         let vocabulary = (hp.n_vocab * 150) as u64;
         let row = 4 * hp.n_embd + 3 * hp.n_ff + 2 * (hp.n_head + 2 * hp.n_head_kv) * hp.head_dim;
         let work_bytes = (N_UBATCH * row * 4 + hp.n_vocab * 8) as u64 + vocabulary;
-        let load_bytes = copies().sum::<u64>() + copies().max().unwrap_or(0) + vocabulary;
+        let load_bytes = copies + largest.max().unwrap_or(0) + vocabulary;
         let memory = |memory: String, n_cells: usize, n_regions: usize, state_bytes: u64| {
             // Each region may leave a page partly filled.
             let pages = (n_cells.div_ceil(PAGE_CELLS) + n_regions - 1) as u64;

@@ -16,9 +16,11 @@ pub struct Turn {
     pub n_past: usize,
     /// Messages said by then.
     pub n_messages: usize,
-    /// Bytes of [`Saved::rendered`] that had been read or were pending; 0 where its beginning was
-    /// another text then.
+    /// What had been read or was pending: so many bytes of [`Saved::rendered`] ...
     pub n_rendered: usize,
+    /// ... and where the template has come to write it otherwise since, this.
+    #[serde(default)]
+    pub rest: String,
     /// Tokens said and not yet read.
     pub pending: Vec<u32>,
 }
@@ -86,6 +88,16 @@ impl Saved {
             );
         }
         Ok((seq, saved))
+    }
+
+    /// Refuses a path where no session could be written, before any work is done.
+    pub fn check(path: &Path) -> Result<()> {
+        let dir = match path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir,
+            _ => Path::new("."),
+        };
+        let writable = tempfile::tempfile_in(dir).map(drop);
+        writable.with_context(|| format!("session {}", path.display()))
     }
 
     /// Writes the session.

@@ -681,7 +681,8 @@ impl Sequence {
                 model.path.display()
             )));
         }
-        let spec: MemorySpec = from.string().map_err(broken)?.parse()?;
+        let spec = from.string().map_err(broken)?.parse::<MemorySpec>();
+        let spec = spec.map_err(|e| refuse(e.to_string()))?;
         let mut kv = || -> Result<KvType> {
             let name = from.string().map_err(broken)?;
             kv_type(&name).ok_or_else(|| refuse(format!("unknown K/V type `{name}`")))
@@ -694,7 +695,7 @@ impl Sequence {
         let tokens = from.u32s().map_err(broken)?;
         let n_vocab = model.hparams().n_vocab;
         if let Some(&id) = tokens.iter().find(|&&id| id as usize >= n_vocab) {
-            return Err(Error::TokenId { id, n_vocab });
+            return Err(refuse(Error::TokenId { id, n_vocab }.to_string()));
         }
         let extra = from.blob().map_err(broken)?;
         let mut seq = Sequence::new(model, &spec, options)?;

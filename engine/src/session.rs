@@ -173,15 +173,20 @@ impl<'a> Decoder<'a> {
         String::from_utf8(self.blob()?).map_err(|_| io::Error::other("a string is not UTF-8"))
     }
 
-    /// Compares the checksum that follows with that of everything read.
+    /// Compares the checksum that follows, and ends the file, with that of everything read.
     pub fn finish(self) -> io::Result<()> {
         let crc = self.crc.finalize();
         let mut b = [0; 4];
+        let Some(after) = self.left.checked_sub(b.len() as u64) else {
+            return Err(io::Error::other("the file ends too early"));
+        };
         self.from.read_exact(&mut b)?;
-        if u32::from_le_bytes(b) == crc {
-            Ok(())
-        } else {
-            Err(io::Error::other("the checksum does not match"))
+        if u32::from_le_bytes(b) != crc {
+            return Err(io::Error::other("the checksum does not match"));
         }
+        if after > 0 {
+            return Err(io::Error::other(format!("{after} bytes follow its end")));
+        }
+        Ok(())
     }
 }

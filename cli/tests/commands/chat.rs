@@ -97,6 +97,26 @@ fn undo_reaches_behind_a_saved_session() {
 }
 
 #[test]
+fn an_answer_that_the_template_writes_otherwise_is_not_read_again() {
+    // The shipped model says " Oslo", and its template puts a space of its own before an answer.
+    let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/mneme-records.gguf");
+    let ask = |lines: &str| {
+        let command = mneme(&["chat", "-m", shipped, "--temp", "0"]);
+        stdout(piped(command, lines.as_bytes()))
+    };
+    let two = "Anna lives in Oslo.\nWhere does Anna live?\n";
+    let held = |said: &str| -> usize {
+        let stats = said.lines().find(|l| l.contains(" tokens in the sequence"));
+        let words: Vec<&str> = stats.unwrap().split_whitespace().collect();
+        words[2].parse().unwrap()
+    };
+    let one = held(&ask("Anna lives in Oslo.\n/stats\n"));
+    let undone = ask(&format!("{two}/undo\n/stats\n"));
+    assert!(undone.contains(" 0 read again"), "{undone}");
+    assert_eq!(held(&undone), one, "{undone}");
+}
+
+#[test]
 fn a_file_is_part_of_the_next_message() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notes.txt");

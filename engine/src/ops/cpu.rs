@@ -13,7 +13,7 @@ use mneme_kernels::attend::{self, PAGE_CELLS, PageLayout};
 use mneme_kernels::dispatch;
 use mneme_kernels::mul_mat::{Packed, WeightType};
 use mneme_kernels::pool::Pool;
-use mneme_kernels::quant::restate;
+use mneme_kernels::quant::restate::Restated;
 use mneme_kernels::recur::{self, Form, Numbers, Recur};
 use mneme_kernels::{add, quant, rms_norm, rope, swiglu};
 use std::ops::Range;
@@ -123,6 +123,23 @@ pub(super) fn weight_type(ty: GgmlType) -> Option<WeightType> {
     })
 }
 
+/// The types that run on another type's kernels, after being restated in it.
+pub(super) fn restated(ty: GgmlType) -> Option<Restated> {
+    Some(match ty {
+        GgmlType::Q5_0 => Restated::Q5_0,
+        GgmlType::IQ4_NL => Restated::IQ4_NL,
+        GgmlType::Q3_K => Restated::Q3_K,
+        _ => return None,
+    })
+}
+
+/// Bytes of the interleaved copy that a weight matrix is loaded as; `None` for types that stay
+/// mapped.
+pub fn copied_bytes(ty: GgmlType, n_rows: usize, n_cols: usize) -> Option<usize> {
+    let ty = weight_type(ty).or_else(|| Some(restated(ty)?.weight_type()))?;
+    Packed::bytes_of(ty, n_rows, n_cols)
+}
+
 impl Matrix {
     /// Output width.
     pub fn n_rows(&self) -> usize {
@@ -190,19 +207,17 @@ impl Cpu {
             ty: table.info.ty.name().into(),
             role,
         };
-        let restated = match table.info.ty {
-            GgmlType::Q5_0 => Some(restate::q5_0_to_q8_0(table.bytes())),
-            GgmlType::IQ4_NL => Some(restate::iq4_nl_to_q8_0(table.bytes())),
-            _ => None,
+        let (n_rows, n_cols, bytes) = (table.n_rows, table.n_cols, table.bytes());
+        let packed = match (weight_type(table.info.ty), restated(table.info.ty)) {
+            (Some(ty), _) => Some(Packed::pack(&self.pool, ty, n_rows, n_cols, bytes)),
+            (None, Some(from)) => Some(Packed::pack_restated(
+                &self.pool, from, n_rows, n_cols, bytes,
+            )),
+            (None, None) => None,
         };
-        let (ty, bytes) = match &restated {
-            Some(bytes) => (Some(WeightType::Q8_0), &bytes[..]),
-            None => (weight_type(table.info.ty), table.bytes()),
-        };
-        match ty {
-            Some(ty) => {
-                let packed = Packed::pack(&self.pool, ty, table.n_rows, table.n_cols, bytes)
-                    .map_err(|_| refuse("for rows of this length"))?;
+        match packed {
+            Some(packed) => {
+                let packed = packed.map_err(|_| refuse("for rows of this length"))?;
                 // The interleaved copy replaces the file's: let the system have those pages.
                 table.release();
                 Ok(Matrix::Packed(packed))

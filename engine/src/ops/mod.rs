@@ -12,7 +12,7 @@ mod device;
 mod rows;
 
 pub use choice::{DeviceChoice, open};
-pub use cpu::{Cpu, Matrix, Table};
+pub use cpu::{Cpu, Matrix, Table, copied_bytes};
 pub(crate) use cpu::{sigmoid, softplus};
 #[cfg(feature = "on-card")]
 pub use cuda::Cuda;

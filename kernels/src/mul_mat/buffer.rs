@@ -6,6 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Size and alignment of a huge page on x86-64 and AArch64 Linux.
 const HUGE_PAGE: usize = 2 << 20;
+/// The largest ordinary page of the systems we map on.
+#[cfg(target_os = "linux")]
+const SYSTEM_PAGE: usize = 64 << 10;
 
 /// A fixed number of bytes, aligned to 64 (to 2 MiB from 4 MiB on, where the kernel is asked
 /// for huge pages: reading weights at full bandwidth otherwise misses the TLB every 4 KiB).
@@ -33,27 +36,14 @@ impl Buffer {
     pub(crate) fn zeroed(len: usize) -> Buffer {
         let align = if len >= 2 * HUGE_PAGE { HUGE_PAGE } else { 64 };
         let layout = Layout::from_size_align(len.max(64), align).expect("buffer length");
-        // SAFETY: the size is not zero.
-        let start = unsafe {
-            if align == HUGE_PAGE {
-                // Not alloc_zeroed: with a large alignment it would touch every page before the
-                // advice below. Fresh memory of this size is not always zero, so clear it after.
-                std::alloc::alloc(layout)
-            } else {
-                alloc_zeroed(layout)
-            }
+        let start = if align == HUGE_PAGE {
+            huge(layout)
+        } else {
+            // SAFETY: the size is not zero.
+            unsafe { alloc_zeroed(layout) }
         };
         if start.is_null() {
             handle_alloc_error(layout);
-        }
-        if align == HUGE_PAGE {
-            #[cfg(target_os = "linux")]
-            // SAFETY: the range is ours; the advice changes no contents. Refusal is harmless.
-            unsafe {
-                libc::madvise(start.cast(), layout.size(), libc::MADV_HUGEPAGE);
-            }
-            // SAFETY: the whole allocation is ours to write.
-            unsafe { start.write_bytes(0, layout.size()) };
         }
         Buffer {
             start,
@@ -96,10 +86,61 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if self.slab.is_none() {
-            // SAFETY: allocated with this layout.
-            unsafe { dealloc(self.start, self.layout) }
+            if self.layout.align() == HUGE_PAGE {
+                free_huge(self.start, self.layout);
+            } else {
+                // SAFETY: allocated with this layout.
+                unsafe { dealloc(self.start, self.layout) }
+            }
         }
     }
+}
+
+/// Zeroed memory on huge pages; null where there is none. It is the system's own: nothing has
+/// touched it yet, so that whoever writes it first, on whatever thread, brings its pages in.
+#[cfg(target_os = "linux")]
+fn huge(layout: Layout) -> *mut u8 {
+    let kept = layout.size().next_multiple_of(SYSTEM_PAGE);
+    let Some(with_margin) = kept.checked_add(HUGE_PAGE) else {
+        return std::ptr::null_mut();
+    };
+    // SAFETY: a new private mapping. What lies before the first bound of a huge page and after
+    // the last page is given back; the advice changes no contents, and its refusal is harmless.
+    unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let map = libc::mmap(std::ptr::null_mut(), with_margin, protection, flags, -1, 0);
+        if map == libc::MAP_FAILED {
+            return std::ptr::null_mut();
+        }
+        let map = map.cast::<u8>();
+        let before = map.align_offset(HUGE_PAGE);
+        let start = map.add(before);
+        if before > 0 {
+            libc::munmap(map.cast(), before);
+        }
+        libc::munmap(start.add(kept).cast(), HUGE_PAGE - before);
+        libc::madvise(start.cast(), kept, libc::MADV_HUGEPAGE);
+        start
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn free_huge(start: *mut u8, layout: Layout) {
+    // SAFETY: mapped by `huge`.
+    unsafe { libc::munmap(start.cast(), layout.size().next_multiple_of(SYSTEM_PAGE)) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn huge(layout: Layout) -> *mut u8 {
+    // SAFETY: the size is not zero.
+    unsafe { alloc_zeroed(layout) }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn free_huge(start: *mut u8, layout: Layout) {
+    // SAFETY: allocated with this layout.
+    unsafe { dealloc(start, layout) }
 }
 
 impl Deref for Buffer {

@@ -16,6 +16,7 @@
 //!   of signed scales; after all blocks `[n][16]` F16 `d`.
 
 use crate::quant::WeightType;
+use std::ops::Range;
 
 /// Rows of a panel: 32-bit lanes of a 512-bit vector.
 pub(crate) const ROWS: usize = 16;
@@ -60,50 +61,67 @@ pub(crate) fn panel_bytes(ty: WeightType, n_cols: usize) -> Option<usize> {
         .checked_next_multiple_of(VECTOR)
 }
 
+/// Columns of all 16 rows that are interleaved before the next ones: what they become stays in the
+/// first-level cache, where a whole row at a time would miss it with every word.
+const COLUMNS: usize = 256;
+
 /// Interleaves up to 16 rows, `row_bytes` each and one after the other in `rows`, into `panel`,
 /// which is zero.
 pub(crate) fn pack_panel(ty: WeightType, n_cols: usize, rows: &[u8], panel: &mut [u8]) {
     let row_bytes = ty.row_bytes(n_cols).expect("checked by pack");
     let n_blocks = n_cols / ty.block_len();
-    let block_bytes = ty.block_bytes();
-    let scales = scales_offset(ty, n_cols);
-    for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
-        let blocks = row.chunks_exact(block_bytes).enumerate();
-        match ty {
-            WeightType::F32 => words(row, r, panel),
-            WeightType::BF16 => {
-                words(row, r, panel);
-                if let [low, high] = *row.chunks_exact(4).remainder() {
-                    let at = n_cols / 2 * VECTOR + 4 * r;
-                    panel[at..at + 2].copy_from_slice(&[low, high]);
-                }
-            }
-            WeightType::F16 => blocks.for_each(|(k, b)| half_at(b, k, r, panel)),
-            WeightType::Q8_0 => blocks.for_each(|(i, b)| {
-                words(&b[2..], r, &mut panel[i * 8 * VECTOR..]);
-                half_at(b, i, r, &mut panel[scales..]);
-            }),
-            WeightType::Q4_0 => blocks.for_each(|(i, b)| {
-                words(&b[2..], r, &mut panel[i * 4 * VECTOR..]);
-                half_at(b, i, r, &mut panel[scales..]);
-            }),
-            WeightType::Q4_K => blocks.for_each(|(i, b)| {
-                let out = &mut panel[i * Q4_K_BLOCK..(i + 1) * Q4_K_BLOCK];
-                words(&b[16..], r, out);
-                words(&b[4..16], r, &mut out[Q4_K_SCALES..]);
-                half_at(b, 0, r, &mut out[Q4_K_D..]);
-                half_at(&b[2..], 1, r, &mut out[Q4_K_D..]);
-            }),
-            WeightType::Q6_K => blocks.for_each(|(i, b)| {
-                let out = &mut panel[i * Q6_K_BLOCK..];
-                words(&b[..128], r, out);
-                words(&b[128..192], r, &mut out[Q6_K_HIGH..]);
-                words(&b[192..208], r, &mut out[Q6_K_SCALES..]);
-                half_at(&b[208..], i, r, &mut panel[scales..]);
-            }),
+    let step = COLUMNS / ty.block_len();
+    for first in (0..n_blocks).step_by(step) {
+        let blocks = first..(first + step).min(n_blocks);
+        for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
+            pack_blocks(ty, n_cols, r, row, blocks.clone(), panel);
         }
     }
-    debug_assert!(n_blocks * block_bytes == row_bytes);
+}
+
+/// Blocks `blocks` of `row` become lane `r` of the panel.
+fn pack_blocks(
+    ty: WeightType,
+    n_cols: usize,
+    r: usize,
+    row: &[u8],
+    blocks: Range<usize>,
+    panel: &mut [u8],
+) {
+    let block_bytes = ty.block_bytes();
+    let part = &row[blocks.start * block_bytes..blocks.end * block_bytes];
+    let scales = scales_offset(ty, n_cols);
+    let blocks = blocks.zip(part.chunks_exact(block_bytes));
+    match ty {
+        WeightType::F32 => blocks.for_each(|(k, b)| words(b, r, &mut panel[k * VECTOR..])),
+        WeightType::F16 => blocks.for_each(|(k, b)| half_at(b, k, r, panel)),
+        WeightType::BF16 => blocks.for_each(|(k, b)| {
+            let at = k / 2 * VECTOR + 4 * r + k % 2 * 2;
+            panel[at..at + 2].copy_from_slice(b);
+        }),
+        WeightType::Q8_0 => blocks.for_each(|(i, b)| {
+            words(&b[2..], r, &mut panel[i * 8 * VECTOR..]);
+            half_at(b, i, r, &mut panel[scales..]);
+        }),
+        WeightType::Q4_0 => blocks.for_each(|(i, b)| {
+            words(&b[2..], r, &mut panel[i * 4 * VECTOR..]);
+            half_at(b, i, r, &mut panel[scales..]);
+        }),
+        WeightType::Q4_K => blocks.for_each(|(i, b)| {
+            let out = &mut panel[i * Q4_K_BLOCK..(i + 1) * Q4_K_BLOCK];
+            words(&b[16..], r, out);
+            words(&b[4..16], r, &mut out[Q4_K_SCALES..]);
+            half_at(b, 0, r, &mut out[Q4_K_D..]);
+            half_at(&b[2..], 1, r, &mut out[Q4_K_D..]);
+        }),
+        WeightType::Q6_K => blocks.for_each(|(i, b)| {
+            let out = &mut panel[i * Q6_K_BLOCK..];
+            words(&b[..128], r, out);
+            words(&b[128..192], r, &mut out[Q6_K_HIGH..]);
+            words(&b[192..208], r, &mut out[Q6_K_SCALES..]);
+            half_at(&b[208..], i, r, &mut panel[scales..]);
+        }),
+    }
 }
 
 /// Word `i` of `row` becomes lane `r` of vector `i`.

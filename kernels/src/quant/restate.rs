@@ -1,62 +1,109 @@
 //! Types that another type can state exactly.
 //!
-//! Q5_0 and IQ4_NL are an F16 scale and 32 small integers per block, and so is Q8_0: the same
-//! numbers in other bytes. Matrices of these types are restated when they are loaded and run on
-//! Q8_0's kernels, at the price of 34 bytes a block instead of 22 or 18.
+//! Q5_0 and IQ4_NL are an F16 scale and 32 small integers per block, and so is Q8_0; Q3_K is Q6_K
+//! with integers of three bits. The same numbers in other bytes: matrices of these types are
+//! restated when they are loaded and run on the other type's kernels, at the price of its bytes.
 
-use super::BlockQ8_0;
+use super::{BlockQ6K, BlockQ8_0, WeightType};
 
-/// Bytes of a Q5_0 block: the scale, 32 high bits, 32 nibbles.
-pub const Q5_0_BYTES: usize = 22;
-/// Bytes of an IQ4_NL block: the scale, 32 nibbles.
-pub const IQ4_NL_BYTES: usize = 18;
+/// A type that is restated as a [`WeightType`].
+#[allow(non_camel_case_types)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restated {
+    /// As Q8_0.
+    Q5_0,
+    /// As Q8_0.
+    IQ4_NL,
+    /// As Q6_K.
+    Q3_K,
+}
 
 /// The 16 values an IQ4_NL nibble stands for (the format's table).
 const IQ4_NL: [i8; 16] = [
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
 ];
 
-/// Q5_0 blocks as Q8_0 blocks, number for number.
-///
-/// # Panics
-/// If `bytes` are not whole blocks.
-pub fn q5_0_to_q8_0(bytes: &[u8]) -> Vec<u8> {
-    restate(bytes, Q5_0_BYTES, |block, q| {
-        let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
-        for i in 0..16 {
-            let nibbles = block[6 + i];
-            let bit = |i: usize| ((high >> i) & 1) as u8;
-            q[i] = ((nibbles & 15) | bit(i) << 4).wrapping_sub(16);
-            q[i + 16] = ((nibbles >> 4) | bit(i + 16) << 4).wrapping_sub(16);
+impl Restated {
+    /// What it becomes: a type of the same numbers per block.
+    pub fn weight_type(self) -> WeightType {
+        match self {
+            Restated::Q5_0 | Restated::IQ4_NL => WeightType::Q8_0,
+            Restated::Q3_K => WeightType::Q6_K,
         }
-    })
-}
-
-/// IQ4_NL blocks as Q8_0 blocks, number for number.
-///
-/// # Panics
-/// If `bytes` are not whole blocks.
-pub fn iq4_nl_to_q8_0(bytes: &[u8]) -> Vec<u8> {
-    restate(bytes, IQ4_NL_BYTES, |block, q| {
-        for i in 0..16 {
-            q[i] = IQ4_NL[usize::from(block[2 + i] & 15)] as u8;
-            q[i + 16] = IQ4_NL[usize::from(block[2 + i] >> 4)] as u8;
-        }
-    })
-}
-
-/// Copies the scale of each block and lets `quants` fill in its 32 bytes.
-fn restate(bytes: &[u8], block_bytes: usize, quants: impl Fn(&[u8], &mut [u8])) -> Vec<u8> {
-    assert!(
-        bytes.len().is_multiple_of(block_bytes),
-        "{} bytes are not blocks of {block_bytes}",
-        bytes.len()
-    );
-    let mut out = vec![0; bytes.len() / block_bytes * BlockQ8_0::BYTES];
-    let blocks = bytes.chunks_exact(block_bytes);
-    for (block, out) in blocks.zip(out.chunks_exact_mut(BlockQ8_0::BYTES)) {
-        out[..2].copy_from_slice(&block[..2]);
-        quants(block, &mut out[2..]);
     }
-    out
+
+    /// Bytes of a block in a file.
+    pub fn block_bytes(self) -> usize {
+        match self {
+            Restated::Q5_0 => 22,   // the scale, 32 high bits, 32 nibbles
+            Restated::IQ4_NL => 18, // the scale, 32 nibbles
+            Restated::Q3_K => 110,  // 256 high bits, 256 pairs of low bits, 16 scales of 6 bits, d
+        }
+    }
+
+    /// Writes whole blocks into `out` as blocks of [`Restated::weight_type`], number for number.
+    ///
+    /// # Panics
+    /// If `bytes` are not whole blocks, or `out` is not as many.
+    pub fn restate(self, bytes: &[u8], out: &mut [u8]) {
+        let (from, to) = (self.block_bytes(), self.weight_type().block_bytes());
+        assert!(
+            bytes.len().is_multiple_of(from) && out.len() == bytes.len() / from * to,
+            "{} bytes of {self:?} into {} bytes",
+            bytes.len(),
+            out.len()
+        );
+        let blocks = bytes.chunks_exact(from).zip(out.chunks_exact_mut(to));
+        match self {
+            Restated::Q5_0 => blocks.for_each(|(block, out)| q5_0(block, out)),
+            Restated::IQ4_NL => blocks.for_each(|(block, out)| iq4_nl(block, out)),
+            Restated::Q3_K => blocks.for_each(|(block, out)| q3_k(block, out)),
+        }
+    }
+}
+
+fn q5_0(block: &[u8], out: &mut [u8]) {
+    const { assert!(BlockQ8_0::BYTES == 34) };
+    out[..2].copy_from_slice(&block[..2]);
+    let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
+    let (low, q) = (&block[6..22], &mut out[2..34]);
+    for i in 0..16 {
+        let bit = |i: usize| ((high >> i) & 1) as u8;
+        q[i] = ((low[i] & 15) | bit(i) << 4).wrapping_sub(16);
+        q[i + 16] = ((low[i] >> 4) | bit(i + 16) << 4).wrapping_sub(16);
+    }
+}
+
+fn iq4_nl(block: &[u8], out: &mut [u8]) {
+    out[..2].copy_from_slice(&block[..2]);
+    for i in 0..16 {
+        out[2 + i] = IQ4_NL[usize::from(block[2 + i] & 15)] as u8;
+        out[18 + i] = IQ4_NL[usize::from(block[2 + i] >> 4)] as u8;
+    }
+}
+
+/// `w[i] = d * (scale[i / 16] - 32) * (q[i] - 4)` with quants of three bits, as Q6_K's
+/// `d * scale[i / 16] * (q[i] - 32)`.
+fn q3_k(block: &[u8], out: &mut [u8]) {
+    const { assert!(BlockQ6K::BYTES == 210) };
+    let (high, low, scales, d) = (&block[..32], &block[32..96], &block[96..108], &block[108..]);
+    // Number 128 half + 32 run + k, from -4..=3 to 28..=35.
+    let quant = |half: usize, run: usize, k: usize| {
+        let bit = (high[k] >> (4 * half + run)) & 1;
+        28 + ((low[32 * half + k] >> (2 * run)) & 3) + 4 * bit
+    };
+    for half in 0..2 {
+        for k in 0..32 {
+            let [a, b, c, d] = std::array::from_fn(|run| quant(half, run, k));
+            out[64 * half + k] = (a & 15) | (c << 4);
+            out[64 * half + 32 + k] = (b & 15) | (d << 4);
+            out[128 + 32 * half + k] = (a >> 4) | (b >> 4 << 2) | (c >> 4 << 4) | (d >> 4 << 6);
+        }
+    }
+    for s in 0..16 {
+        let scale = (scales[s % 8] >> (4 * (s / 8))) & 15;
+        let top = (scales[8 + s % 4] >> (2 * (s / 4))) & 3;
+        out[192 + s] = (scale | top << 4).wrapping_sub(32);
+    }
+    out[208..].copy_from_slice(d);
 }

@@ -12,12 +12,11 @@ mod rows;
 pub use card::{Card, CardBuffer, CardPage};
 pub use rows::CardRows;
 
-use super::cpu::weight_type;
+use super::cpu::{restated, weight_type};
 use super::{
     Buffer, Cpu, Device, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, Table,
 };
 use crate::error::{Error, Result};
-use crate::gguf::GgmlType;
 use crate::memory::store::Store;
 use crate::model::{Forward, Pass};
 use card::lock;
@@ -26,7 +25,6 @@ use mneme_kernels::attend::{PAGE_CELLS, PageLayout};
 use mneme_kernels::cuda::mul_mat::Packed;
 use mneme_kernels::cuda::{self, ViewMut, attend, gates, recur};
 use mneme_kernels::mul_mat::WeightType;
-use mneme_kernels::quant::restate;
 use mneme_kernels::recur::Form;
 use rows::Arena;
 use std::ops::Range;
@@ -119,11 +117,15 @@ impl Cuda {
 /// Row-major GGUF bytes of `table` in a type the kernels have, restated where they have not.
 fn bytes_of(table: &Table) -> (WeightType, std::borrow::Cow<'_, [u8]>) {
     let bytes = table.bytes();
-    match (table.ty(), weight_type(table.ty())) {
-        (_, Some(ty)) => (ty, bytes.into()),
-        (GgmlType::Q5_0, None) => (WeightType::Q8_0, restate::q5_0_to_q8_0(bytes).into()),
-        (GgmlType::IQ4_NL, None) => (WeightType::Q8_0, restate::iq4_nl_to_q8_0(bytes).into()),
-        _ => {
+    match (weight_type(table.ty()), restated(table.ty())) {
+        (Some(ty), _) => (ty, bytes.into()),
+        (None, Some(from)) => {
+            let ty = from.weight_type();
+            let mut out = vec![0; bytes.len() / from.block_bytes() * ty.block_bytes()];
+            from.restate(bytes, &mut out);
+            (ty, out.into())
+        }
+        (None, None) => {
             let mut row = vec![0.0; table.n_cols()];
             let mut halves = Vec::with_capacity(table.n_rows() * table.n_cols() * 2);
             for r in 0..table.n_rows() {
