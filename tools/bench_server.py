@@ -89,7 +89,10 @@ class Server:
 
     def end(self):
         self.process.terminate()
-        self.process.wait(30)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 def throughput(server, args, parallel, seed):
@@ -118,15 +121,17 @@ def first_tokens(server, args, seed):
         print(f"      {server.name}: asked after {at:.1f} s of reading, first token after {first:.2f} s", file=sys.stderr)
         out.append(first)
     connection.close()
-    while server.busy():
+    # llama-server may read on for a while; it is the last to be asked.
+    deadline = time.perf_counter() + 5
+    while server.busy() and time.perf_counter() < deadline:
         time.sleep(0.1)
     return out
 
 
 def answered(connection):
-    """Whether anything has come."""
+    """Whether a token has come; heads of replies and pings come before."""
     try:
-        return bool(connection.sock.recv(1, socket.MSG_PEEK))
+        return b"data: {" in connection.sock.recv(1 << 16, socket.MSG_PEEK)
     except BlockingIOError:
         return False
 

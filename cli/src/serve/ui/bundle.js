@@ -456,7 +456,7 @@ function map(view, open) {
   const lines = Math.min(8, Math.ceil(view.nodes.length / 24));
   const stripe = (tokens, title, paint, go) => {
     const part = el("span", { title, onclick: go });
-    part.style.flex = `${tokens} 1 ${((100 * lines * tokens) / view.n_tokens).toFixed(3)}%`;
+    part.style.flex = `0 1 ${((100 * lines * tokens) / view.n_tokens).toFixed(3)}%`;
     part.style.background = paint;
     return part;
   };
