@@ -347,7 +347,9 @@ impl Estimate {
         // others stay mapped and come in when first read.
         let copied = |t: &TensorInfo| match t.dims.len() {
             0 | 1 => Some(4 * t.n_elements()), // vectors become F32
-            _ => ops::copied_bytes(t.ty, t.n_rows() as usize, t.n_cols() as usize).map(|n| n as u64),
+            _ => {
+                ops::copied_bytes(t.ty, t.n_rows() as usize, t.n_cols() as usize).map(|n| n as u64)
+            }
         };
         let used = || gguf.tensors().iter().filter(used);
         let weight_bytes: u64 = used().map(|t| copied(t).unwrap_or(t.n_bytes)).sum();

@@ -109,7 +109,9 @@ pub fn run(args: &Args) -> Result<()> {
     interrupt::watch();
     let text = args.text()?;
     let params = args.sampling.params()?;
-    args.session.iter().try_for_each(|path| Saved::check(path))?;
+    args.session
+        .iter()
+        .try_for_each(|path| Saved::check(path))?;
     let start = Instant::now();
     let mut engine = args.model.load()?;
     let load_seconds = start.elapsed().as_secs_f64();

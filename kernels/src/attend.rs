@@ -10,6 +10,7 @@
 //! call and of threads. So a query's result has the same bits in prefill and in decode.
 
 pub(crate) mod layout;
+mod page;
 pub(crate) mod tile;
 
 use crate::cpu;
@@ -17,6 +18,7 @@ use crate::dispatch::{self, Isa};
 use crate::pool::Pool;
 use crate::split::SplitMut;
 pub use layout::{KvType, PAGE_CELLS, PageLayout};
+pub use page::Page;
 
 /// Logical cells that share a running soft-max.
 pub const PARTITION_CELLS: usize = 1024;

@@ -119,7 +119,15 @@ impl Packed {
         bytes: &[u8],
     ) -> Result<Packed, Error> {
         let ty = from.weight_type();
-        Packed::pack_rows(dispatch::best(), pool, ty, Some(from), n_rows, n_cols, bytes)
+        Packed::pack_rows(
+            dispatch::best(),
+            pool,
+            ty,
+            Some(from),
+            n_rows,
+            n_cols,
+            bytes,
+        )
     }
 
     /// Bytes that a matrix of this shape takes once packed for the best instruction set, padding
@@ -128,7 +136,9 @@ impl Packed {
         let row = ty.row_bytes(n_cols)?;
         match cpu::mul_mat(dispatch::best()) {
             None => n_rows.checked_mul(row),
-            Some(_) => n_rows.div_ceil(ROWS).checked_mul(layout::panel_bytes(ty, n_cols)?),
+            Some(_) => n_rows
+                .div_ceil(ROWS)
+                .checked_mul(layout::panel_bytes(ty, n_cols)?),
         }
     }
 

@@ -10,14 +10,17 @@
 //! [`CHUNK`] tokens whose inside is matrix products.
 
 pub(crate) mod chunk;
+mod numbers;
 
 use crate::cpu;
 use crate::dispatch::{self, Isa};
 use crate::pool::Pool;
 use crate::split::SplitMut;
+pub use numbers::Numbers;
+use numbers::{PIECE, Stored, Widened};
 use std::ops::Range;
 
-/// Tokens in a chunk of the chunked form.
+/// Most tokens in a chunk of the chunked form.
 pub const CHUNK: usize = 64;
 
 /// How a token changes the state.
@@ -46,15 +49,15 @@ pub struct Recur<'a> {
     /// Dimensions of a value.
     pub head_dim_v: usize,
     /// Queries, `[n_tokens, n_head, head_dim_k]`, not yet normalised.
-    pub q: &'a [f32],
+    pub q: Numbers<'a>,
     /// Keys, `[n_tokens, n_head_k, head_dim_k]`, not yet normalised.
-    pub k: &'a [f32],
+    pub k: Numbers<'a>,
     /// Values, `[n_tokens, n_head_k, head_dim_v]`.
-    pub v: &'a [f32],
+    pub v: Numbers<'a>,
     /// Log decay, at most 0, `[n_tokens, n_head]`; empty for [`Rule::Delta`].
-    pub g: &'a [f32],
+    pub g: Numbers<'a>,
     /// Write strength, `[n_tokens, n_head]`; Mamba2's delta for [`Rule::Ssd`].
-    pub beta: &'a [f32],
+    pub beta: Numbers<'a>,
     /// Ascending token positions before which the state starts anew from zero.
     pub resets: &'a [usize],
     /// State `S[k index, v index]`, `[n_head, head_dim_k, head_dim_v]`; in: before the first
@@ -78,7 +81,8 @@ pub enum Form {
 /// Runs the recurrence of every sequence in `seqs`, all heads side by side.
 ///
 /// `q` and `k` are normalised inside. Gated delta and delta: `z / sqrt(sum z^2 + 1e-6)`, and `q`
-/// also divided by `sqrt(head_dim_k)`. Ssd: `z / max(|z|, 1e-12)`, no further scale.
+/// also divided by `sqrt(head_dim_k)`. Ssd: `z / max(|z|, 1e-12)`, no further scale. Inputs of 16
+/// bits give the same bits as the same numbers in F32.
 ///
 /// # Panics
 /// If shapes do not fit together or `resets` does not ascend.
@@ -97,7 +101,7 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
     };
     let all: usize = seqs.iter().map(|seq| seq.n_head).sum();
     let mut heads = Vec::new();
-    let inputs: Vec<(Inputs<'_>, SplitMut<'_, f32>, SplitMut<'_, f32>)> = seqs
+    let inputs: Vec<(Stored<'_>, SplitMut<'_, f32>, SplitMut<'_, f32>)> = seqs
         .iter_mut()
         .enumerate()
         .map(|(i, seq)| {
@@ -113,20 +117,7 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
                 heads.push((i, first..seq.n_head.min(first + together)));
             }
             (
-                Inputs {
-                    rule: seq.rule,
-                    n_tokens: seq.n_tokens,
-                    n_head: seq.n_head,
-                    n_head_k: seq.n_head_k,
-                    head_dim_k: seq.head_dim_k,
-                    head_dim_v: seq.head_dim_v,
-                    q: seq.q,
-                    k: seq.k,
-                    v: seq.v,
-                    g: seq.g,
-                    beta: seq.beta,
-                    resets: seq.resets,
-                },
+                Stored::new(seq),
                 SplitMut::new(&mut *seq.state),
                 SplitMut::new(&mut *seq.out),
             )
@@ -134,23 +125,42 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
         .collect();
     pool.for_each(heads.len(), 1, |range| {
         for (seq, heads) in &heads[range] {
-            let (x, state, out) = &inputs[*seq];
-            if x.n_tokens == 0 || x.head_dim_v == 0 {
+            let (stored, state, out) = &inputs[*seq];
+            if stored.n_tokens == 0 || stored.head_dim_v == 0 {
                 continue;
             }
-            let len = x.head_dim_k * x.head_dim_v;
-            let first = heads.start * x.head_dim_v;
+            let len = stored.head_dim_k * stored.head_dim_v;
+            let first = heads.start * stored.head_dim_v;
             // SAFETY: a head is claimed once; its state and its rows of `out`, one in `n_head`
             // from its own first row on, are its own. The instruction set is available.
-            unsafe {
+            let (state, out) = unsafe {
                 let state = state.part(heads.start * len..heads.end * len);
-                let out = out.part(first..first).as_mut_ptr();
-                match kernels.chunked {
-                    Chunked::Heads(run, _) if chunked(x.n_tokens) => {
-                        run(x, heads.clone(), state, out);
+                (state, out.part(first..first).as_mut_ptr())
+            };
+            let run = |x: &Inputs<'_>, heads: Range<usize>, state: &mut [f32], out: *mut f32| {
+                // SAFETY: as above; pieces of a sequence follow each other.
+                unsafe {
+                    match kernels.chunked {
+                        Chunked::Heads(run, _) if chunked(stored.n_tokens) => {
+                            run(x, heads, state, out);
+                        }
+                        Chunked::Head(run) if chunked(stored.n_tokens) => {
+                            run(x, heads.start, state, out);
+                        }
+                        _ => (kernels.recurrent)(x, heads.start, state, out),
                     }
-                    Chunked::Head(run) if chunked(x.n_tokens) => run(x, heads.start, state, out),
-                    _ => (kernels.recurrent)(x, heads.start, state, out),
+                }
+            };
+            match stored.as_f32() {
+                Some(x) => run(&x, heads.clone(), state, out),
+                None => {
+                    for start in (0..stored.n_tokens).step_by(PIECE) {
+                        let tokens = start..stored.n_tokens.min(start + PIECE);
+                        Widened::with(stored, heads.clone(), tokens, |x| {
+                            let out = out.wrapping_add(start * x.out_stride);
+                            run(x, 0..x.n_head, state, out);
+                        });
+                    }
                 }
             }
         }
@@ -158,7 +168,7 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
 }
 
 /// One head over all tokens: inputs, head, its state, its row of the first token's output. Rows
-/// are `n_head * head_dim_v` numbers apart.
+/// are `out_stride` numbers apart.
 pub(crate) type RunHead = unsafe fn(&Inputs<'_>, usize, &mut [f32], *mut f32);
 
 /// Some heads over all tokens: [`RunHead`] with a range of heads and all their states; the row is
@@ -238,6 +248,8 @@ pub(crate) struct Inputs<'a> {
     pub(crate) g: &'a [f32],
     pub(crate) beta: &'a [f32],
     pub(crate) resets: &'a [usize],
+    /// Numbers from a token's row of the output to the next token's.
+    pub(crate) out_stride: usize,
 }
 
 fn check(seq: &Recur<'_>) {

@@ -2,9 +2,10 @@
 //!
 //! Outputs are poisoned with NaN before every call.
 
+use half::{bf16, f16};
 use mneme_kernels::dispatch::{Isa, available};
 use mneme_kernels::pool::Pool;
-use mneme_kernels::recur::{CHUNK, Form, Recur, Rule, recur_with};
+use mneme_kernels::recur::{CHUNK, Form, Numbers, Recur, Rule, recur_with};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -85,7 +86,9 @@ impl Case {
         tokens: Range<usize>,
         state: &mut [f32],
     ) -> Vec<f32> {
-        let part = |x: &[f32], width: usize| x[tokens.start * width..tokens.end * width].to_vec();
+        fn rows(x: &[f32], tokens: Range<usize>, width: usize) -> &[f32] {
+            &x[tokens.start * width..tokens.end * width]
+        }
         let resets: Vec<usize> = self
             .resets
             .iter()
@@ -100,15 +103,15 @@ impl Case {
             n_head_k: self.n_head_k,
             head_dim_k: self.dims.0,
             head_dim_v: self.dims.1,
-            q: &part(&self.q, self.n_head * self.dims.0),
-            k: &part(&self.k, self.n_head_k * self.dims.0),
-            v: &part(&self.v, self.n_head_k * self.dims.1),
-            g: &if self.g.is_empty() {
-                Vec::new()
+            q: Numbers::F32(rows(&self.q, tokens.clone(), self.n_head * self.dims.0)),
+            k: Numbers::F32(rows(&self.k, tokens.clone(), self.n_head_k * self.dims.0)),
+            v: Numbers::F32(rows(&self.v, tokens.clone(), self.n_head_k * self.dims.1)),
+            g: Numbers::F32(if self.g.is_empty() {
+                &[]
             } else {
-                part(&self.g, self.n_head)
-            },
-            beta: &part(&self.beta, self.n_head),
+                rows(&self.g, tokens.clone(), self.n_head)
+            }),
+            beta: Numbers::F32(rows(&self.beta, tokens.clone(), self.n_head)),
             resets: &resets,
             state,
             out: &mut out,
@@ -258,6 +261,95 @@ fn large_and_tiny_numbers() {
     }
 }
 
+/// Inputs of 16 bits: exactly what the same numbers give in F32, on every instruction set, in both
+/// forms, with resets, whatever is stored beside them and however heads share keys.
+#[test]
+fn sixteen_bit_inputs_are_their_numbers() {
+    type Stored = (Vec<f16>, Vec<bf16>);
+    let store = |x: &mut Vec<f32>, bf: bool| -> Stored {
+        let f = x.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
+        let b = x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
+        *x = if bf {
+            b.iter().map(|x| x.to_f32()).collect()
+        } else {
+            f.iter().map(|x| x.to_f32()).collect()
+        };
+        (f, b)
+    };
+    fn view(x: &Stored, bf: bool) -> Numbers<'_> {
+        if bf {
+            Numbers::BF16(&x.1)
+        } else {
+            Numbers::F16(&x.0)
+        }
+    }
+    for rule in RULES {
+        for (n, heads, dims) in [
+            (0, (2, 1), (32, 32)),
+            (1, (6, 2), (64, 64)),
+            (CHUNK - 1, (5, 1), (40, 24)),
+            (2 * CHUNK, (4, 2), (64, 48)),
+            (5 * CHUNK + 9, (6, 2), (33, 17)),
+        ] {
+            for bf in [false, true] {
+                let mut case = Case::new(21, rule, n, heads, dims);
+                case.resets = [0, 70, 128, 129, 300]
+                    .into_iter()
+                    .filter(|&r| r < n)
+                    .collect();
+                let kv = [
+                    store(&mut case.q, bf),
+                    store(&mut case.k, bf),
+                    store(&mut case.v, bf),
+                ];
+                let gates = [store(&mut case.g, bf), store(&mut case.beta, bf)];
+                case.check(&format!("rounded, {n} tokens"));
+                for &isa in available() {
+                    for form in [Form::Recurrent, Form::Chunked] {
+                        for (threads, all) in [(1, true), (3, false)] {
+                            let pool = Pool::new(threads);
+                            let expected = case.run(isa, form, &pool);
+                            let mut state = case.state.clone();
+                            let mut out = vec![f32::NAN; n * heads.0 * dims.1];
+                            let seq = Recur {
+                                rule,
+                                n_tokens: n,
+                                n_head: heads.0,
+                                n_head_k: heads.1,
+                                head_dim_k: dims.0,
+                                head_dim_v: dims.1,
+                                q: view(&kv[0], bf),
+                                k: view(&kv[1], bf),
+                                v: view(&kv[2], bf),
+                                g: if all {
+                                    view(&gates[0], bf)
+                                } else {
+                                    Numbers::F32(&case.g)
+                                },
+                                beta: if all {
+                                    view(&gates[1], bf)
+                                } else {
+                                    Numbers::F32(&case.beta)
+                                },
+                                resets: &case.resets,
+                                state: &mut state,
+                                out: &mut out,
+                            };
+                            recur_with(isa, &pool, form, &mut [seq]);
+                            assert_eq!(
+                                (out, state),
+                                expected,
+                                "{rule:?} {form:?} {n} tokens on {}",
+                                isa.name()
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Write strength 1 on repeated keys: the triangular inverse at its worst, and still right.
 #[test]
 fn equal_keys_replace_each_other() {
@@ -299,11 +391,11 @@ fn heads_and_sequences_do_not_mix() {
                         n_head_k: c.n_head_k,
                         head_dim_k: c.dims.0,
                         head_dim_v: c.dims.1,
-                        q: &c.q,
-                        k: &c.k,
-                        v: &c.v,
-                        g: &c.g,
-                        beta: &c.beta,
+                        q: Numbers::F32(&c.q),
+                        k: Numbers::F32(&c.k),
+                        v: Numbers::F32(&c.v),
+                        g: Numbers::F32(&c.g),
+                        beta: Numbers::F32(&c.beta),
                         resets: &c.resets,
                         state,
                         out,

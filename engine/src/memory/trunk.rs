@@ -12,7 +12,7 @@ use crate::hparams::Hparams;
 use crate::ops::{Cpu, Matrix, Table};
 use crate::ops::{sigmoid, softplus};
 use crate::weights::Loader;
-use mneme_kernels::recur::{Form, Recur, Rule};
+use mneme_kernels::recur::{Form, Numbers, Recur, Rule};
 
 /// Epsilon of every norm inside the compressor.
 const EPS: f32 = 1e-6;
@@ -325,11 +325,11 @@ impl Delta {
                 n_head_k: n_head,
                 head_dim_k: d,
                 head_dim_v: d,
-                q: &q,
-                k: &k,
-                v: &v,
-                g: &g,
-                beta: &beta,
+                q: Numbers::F32(&q),
+                k: Numbers::F32(&k),
+                v: Numbers::F32(&v),
+                g: Numbers::F32(&g),
+                beta: Numbers::F32(&beta),
                 resets,
                 state,
                 out: &mut o,

@@ -14,7 +14,7 @@ use mneme_kernels::dispatch;
 use mneme_kernels::mul_mat::{Packed, WeightType};
 use mneme_kernels::pool::Pool;
 use mneme_kernels::quant::restate::Restated;
-use mneme_kernels::recur::{self, Form, Recur};
+use mneme_kernels::recur::{self, Form, Numbers, Recur};
 use mneme_kernels::{add, quant, rms_norm, rope, swiglu};
 use std::ops::Range;
 use std::sync::Arc;
@@ -118,6 +118,7 @@ pub(super) fn weight_type(ty: GgmlType) -> Option<WeightType> {
         GgmlType::Q8_0 => WeightType::Q8_0,
         GgmlType::Q4_0 => WeightType::Q4_0,
         GgmlType::Q4_K => WeightType::Q4_K,
+        GgmlType::Q5_K => WeightType::Q5_K,
         GgmlType::Q6_K => WeightType::Q6_K,
         _ => return None,
     })
@@ -587,11 +588,11 @@ impl Ops for Cpu {
                 n_head_k: step.n_head_kv,
                 head_dim_k: step.head_dim,
                 head_dim_v: step.head_dim,
-                q: &step.q.host()[step.rows.start * width..step.rows.end * width],
-                k: step.k.host(),
-                v: step.v.host(),
-                g,
-                beta: step.beta.host(),
+                q: Numbers::F32(&step.q.host()[step.rows.start * width..step.rows.end * width]),
+                k: Numbers::F32(step.k.host()),
+                v: Numbers::F32(step.v.host()),
+                g: Numbers::F32(g),
+                beta: Numbers::F32(step.beta.host()),
                 resets: &[],
                 state,
                 out: step.out.host_mut(),

@@ -3,8 +3,7 @@
 #[cfg(feature = "on-card")]
 use super::cuda::{Card, CardBuffer, CardPage};
 use crate::error::Result;
-use mneme_kernels::attend::PageLayout;
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use mneme_kernels::attend::{self, PageLayout};
 #[cfg(feature = "on-card")]
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -93,7 +92,7 @@ impl Device {
     pub fn page(&self, layout: &PageLayout) -> Result<Page> {
         let n_bytes = layout.page_bytes();
         let mem = match self {
-            Device::Host => PageMem::Host(HostPage::new(n_bytes)),
+            Device::Host => PageMem::Host(attend::Page::zeroed(n_bytes)),
             #[cfg(feature = "on-card")]
             Device::Cuda(card) => PageMem::Cuda(card.page(layout)?),
         };
@@ -241,7 +240,7 @@ pub struct Page {
 }
 
 enum PageMem {
-    Host(HostPage),
+    Host(attend::Page),
     #[cfg(feature = "on-card")]
     Cuda(CardPage),
 }
@@ -253,7 +252,7 @@ impl Page {
     /// When it is on another device.
     pub fn host(&self) -> &[u8] {
         match &self.mem {
-            PageMem::Host(page) => page.bytes(),
+            PageMem::Host(page) => page,
             #[cfg(feature = "on-card")]
             PageMem::Cuda(_) => panic!("a page of another device"),
         }
@@ -265,7 +264,7 @@ impl Page {
     /// When it is on another device.
     pub fn host_mut(&mut self) -> &mut [u8] {
         match &mut self.mem {
-            PageMem::Host(page) => page.bytes_mut(),
+            PageMem::Host(page) => page,
             #[cfg(feature = "on-card")]
             PageMem::Cuda(_) => panic!("a page of another device"),
         }
@@ -287,8 +286,8 @@ impl Page {
     pub fn copy(&self) -> Result<Page> {
         let mem = match &self.mem {
             PageMem::Host(from) => {
-                let mut page = HostPage::new(self.n_bytes);
-                page.bytes_mut().copy_from_slice(from.bytes());
+                let mut page = attend::Page::zeroed(self.n_bytes);
+                page.copy_from_slice(from);
                 PageMem::Host(page)
             }
             #[cfg(feature = "on-card")]
@@ -304,7 +303,7 @@ impl Page {
     /// Copies the bytes to the host, in the order the host keeps them in.
     pub fn read(&self, out: &mut [u8]) -> Result<()> {
         match &self.mem {
-            PageMem::Host(page) => out.copy_from_slice(page.bytes()),
+            PageMem::Host(page) => out.copy_from_slice(page),
             #[cfg(feature = "on-card")]
             PageMem::Cuda(page) => page.read(out)?,
         }
@@ -314,7 +313,7 @@ impl Page {
     /// Replaces the bytes by as many of the host's, in its order.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         match &mut self.mem {
-            PageMem::Host(page) => page.bytes_mut().copy_from_slice(bytes),
+            PageMem::Host(page) => page.copy_from_slice(bytes),
             #[cfg(feature = "on-card")]
             PageMem::Cuda(page) => page.write(bytes)?,
         }
@@ -325,49 +324,5 @@ impl Page {
 impl Drop for Page {
     fn drop(&mut self) {
         LIVE_BYTES.fetch_sub(self.n_bytes, Ordering::Relaxed);
-    }
-}
-
-/// A 64-byte aligned buffer of the host.
-struct HostPage {
-    ptr: *mut u8,
-    len: usize,
-}
-
-// SAFETY: a page owns its memory alone; shared access is read only.
-unsafe impl Send for HostPage {}
-// SAFETY: as above.
-unsafe impl Sync for HostPage {}
-
-impl HostPage {
-    fn layout(len: usize) -> Layout {
-        Layout::from_size_align(len.max(64), 64).expect("a page is far below isize::MAX")
-    }
-
-    fn new(len: usize) -> HostPage {
-        let layout = HostPage::layout(len);
-        // SAFETY: the layout has a non-zero size.
-        let ptr = unsafe { alloc_zeroed(layout) };
-        if ptr.is_null() {
-            handle_alloc_error(layout);
-        }
-        HostPage { ptr, len }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: `ptr` is valid for `len` initialised bytes while self lives.
-        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `&mut self` is the only access.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
-    }
-}
-
-impl Drop for HostPage {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with the same layout.
-        unsafe { dealloc(self.ptr, HostPage::layout(self.len)) };
     }
 }

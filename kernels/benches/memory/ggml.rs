@@ -26,7 +26,8 @@ impl Graph {
                 mem_buffer: std::ptr::null_mut(),
                 no_alloc: false,
             });
-            let graph = ggml_new_graph(ctx);
+            // Some ten tensors a node.
+            let graph = ggml_new_graph_custom(ctx, 1 << 14, false);
             for result in build(ctx) {
                 ggml_build_forward_expand(graph, result);
             }

@@ -9,11 +9,11 @@
 
 mod ggml;
 
-use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout, Sequence, Visible, attend};
-use mneme_kernels::dispatch;
+use mneme_kernels::attend::{KvType, PAGE_CELLS, Page, PageLayout, Sequence, Visible, attend};
+use mneme_kernels::dispatch::{self, Isa};
 use mneme_kernels::peak::Peak;
 use mneme_kernels::pool::Pool;
-use mneme_kernels::recur::{Form, Recur, Rule, recur};
+use mneme_kernels::recur::{Form, Numbers, Recur, Rule, recur};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -24,7 +24,7 @@ struct Row {
     name: String,
     threads: usize,
     seconds: f64,
-    /// Seconds of ggml's op.
+    /// Seconds of ggml's op; NaN where it has none.
     ggml: f64,
     tokens: f64,
     flops: f64,
@@ -55,7 +55,7 @@ fn main() {
                     rows.push(prefill(pool, name, ty, cells, cells as u64));
                 }
             }
-            for total in [4096, 131_072] {
+            for total in [4096, 16384, 131_072] {
                 let name = format!(
                     "attend prefill 512, window 2k of {}k {}",
                     total / 1024,
@@ -86,6 +86,7 @@ fn main() {
         let now = Peak::measure(pool, 2);
         peak.read = peak.read.max(now.read);
         peak.fma = peak.fma.max(now.fma);
+        peak.int8 = peak.int8.max(now.int8);
     }
     report(&rows, &peaks);
 }
@@ -102,9 +103,12 @@ fn fastest(pool: &Pool, mut f: impl FnMut()) -> f64 {
             .map(|c| f64::from_bits(c.into_inner()))
             .collect()
     };
+    let start = Instant::now();
     f();
-    let (mut best, start, mut n) = (f64::INFINITY, Instant::now(), 0);
-    while n < 3 || start.elapsed().as_secs_f64() < 0.5 {
+    // What takes a second needs no more warming, and what takes many is measured once.
+    let (mut best, long, mut n) = (f64::INFINITY, start.elapsed().as_secs_f64() > 1.0, 0);
+    let start = Instant::now();
+    while n == 0 || start.elapsed().as_secs_f64() < 0.5 || (n < 3 && !long) {
         let before = clocks();
         let t = Instant::now();
         f();
@@ -159,50 +163,19 @@ fn noise(n: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
-/// 64-byte aligned pages in one allocation.
-struct Pages {
-    lines: Vec<[u64; 8]>,
-    start: usize,
-    page_bytes: usize,
-    n: usize,
-}
-
-impl Pages {
-    fn new(layout: &PageLayout, n: usize) -> Pages {
-        let page_bytes = layout.page_bytes();
-        let lines = vec![[0u64; 8]; (page_bytes * n).div_ceil(64) + 1];
-        let start = lines.as_ptr().align_offset(64) * 64;
-        let mut pages = Pages {
-            lines,
-            start,
-            page_bytes,
-            n,
-        };
-        let k = noise(PAGE_CELLS * layout.n_head_kv * layout.head_dim_k, 1);
-        let v = noise(PAGE_CELLS * layout.n_head_kv * layout.head_dim_v, 2);
-        let mut first = vec![0; page_bytes];
-        layout.write(&mut first, 0, PAGE_CELLS, &k, &v);
-        for i in 0..n {
-            pages.bytes_mut()[i * page_bytes..][..page_bytes].copy_from_slice(&first);
-        }
-        pages
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        let len = self.page_bytes * self.n;
-        // SAFETY: plain numbers seen as bytes; `lines` has one line more than `len` needs.
-        unsafe {
-            let bytes = self.lines.as_mut_ptr().cast::<u8>();
-            let offset = bytes.align_offset(64);
-            std::slice::from_raw_parts_mut(bytes.add(offset), len)
-        }
-    }
-
-    fn views(&mut self) -> Vec<&[u8]> {
-        let page_bytes = self.page_bytes;
-        let _ = self.start;
-        self.bytes_mut().chunks_exact(page_bytes).collect()
-    }
+/// `n` pages of equal cells, allocated as the engine allocates them.
+fn pages(layout: &PageLayout, n: usize) -> Vec<Page> {
+    let k = noise(PAGE_CELLS * layout.n_head_kv * layout.head_dim_k, 1);
+    let v = noise(PAGE_CELLS * layout.n_head_kv * layout.head_dim_v, 2);
+    let mut first = vec![0; layout.page_bytes()];
+    layout.write(&mut first, 0, PAGE_CELLS, &k, &v);
+    (0..n)
+        .map(|_| {
+            let mut page = Page::zeroed(first.len());
+            page.copy_from_slice(&first);
+            page
+        })
+        .collect()
 }
 
 /// One query a call, on `total` bytes of sequences in turn.
@@ -210,8 +183,8 @@ fn decode(pool: &Pool, name: String, ty: KvType, cells: usize, total: usize) -> 
     let (layout, n_head) = layout(ty);
     let per_seq = cells / PAGE_CELLS;
     let n_seqs = total.div_ceil(per_seq * layout.page_bytes());
-    let mut pages = Pages::new(&layout, per_seq * n_seqs);
-    let views = pages.views();
+    let pages = pages(&layout, per_seq * n_seqs);
+    let views: Vec<&[u8]> = pages.iter().map(|page| &page[..]).collect();
     let q = noise(n_head * 128, 3);
     let mut out = vec![0.0; n_head * 128];
     let seconds = fastest(pool, || {
@@ -251,8 +224,8 @@ fn decode(pool: &Pool, name: String, ty: KvType, cells: usize, total: usize) -> 
 fn prefill(pool: &Pool, name: String, ty: KvType, total: usize, window: u64) -> Row {
     let (layout, n_head) = layout(ty);
     let n_q = 512;
-    let mut pages = Pages::new(&layout, total.div_ceil(PAGE_CELLS));
-    let views = pages.views();
+    let pages = pages(&layout, total.div_ceil(PAGE_CELLS));
+    let views: Vec<&[u8]> = pages.iter().map(|page| &page[..]).collect();
     let q = noise(n_q * n_head * 128, 3);
     let visible: Vec<Visible> = (0..n_q)
         .map(|i| {
@@ -279,9 +252,13 @@ fn prefill(pool: &Pool, name: String, ty: KvType, total: usize, window: u64) -> 
         };
         attend(pool, &layout, n_head, 0.088, &mut [seq]);
     });
-    // ggml has no window: it computes what the mask hides.
-    let graph = ggml::flash_attn(ty, (n_head, 2, 128), n_q, total, 1, pool.n_threads());
-    let ggml = fastest(pool, || graph.run());
+    // ggml has no window, only a mask.
+    let ggml = if window < total as u64 {
+        f64::NAN
+    } else {
+        let graph = ggml::flash_attn(ty, (n_head, 2, 128), n_q, total, 1, pool.n_threads());
+        fastest(pool, || graph.run())
+    };
     Row {
         name,
         threads: pool.n_threads(),
@@ -331,11 +308,11 @@ fn recurrence(
                 n_head_k: n_head,
                 head_dim_k: dim,
                 head_dim_v: dim,
-                q: &q,
-                k: &k,
-                v: &v,
-                g: if rule == Rule::Delta { &[] } else { &g },
-                beta: &beta,
+                q: Numbers::F32(&q),
+                k: Numbers::F32(&k),
+                v: Numbers::F32(&v),
+                g: Numbers::F32(if rule == Rule::Delta { &[] } else { &g }),
+                beta: Numbers::F32(&beta),
                 resets: &[],
                 state,
                 out: &mut out,
@@ -365,55 +342,80 @@ fn recurrence(
     }
 }
 
+/// `text`, or nothing where there is no such figure.
+fn known(figure: f64, text: String) -> String {
+    if figure > 0.0 { text } else { String::new() }
+}
+
 fn report(rows: &[Row], peaks: &[Peak]) {
     for (i, peak) in peaks.iter().enumerate() {
         println!(
-            "{} thread(s), {}: read {:.1} GB/s, F32 FMA {:.0} GFLOP/s",
+            "{} thread(s), {}: read {:.1} GB/s, F32 FMA {:.0} GFLOP/s, int8 {:.0} GOP/s",
             i + 1,
             dispatch::best().name(),
             peak.read / 1e9,
-            peak.fma / 1e9
+            peak.fma / 1e9,
+            peak.int8 / 1e9
         );
     }
     println!(
-        "\n| op | threads | ms | tokens/s | GFLOP/s | of peak | GB/s | of peak | vs 1 thread | ggml ms | vs ggml |"
+        "\n| op | threads | ms | tokens/s | GFLOP/s | of peak | GB/s | of peak | vs 1 thread | vs recurrent | ggml ms | vs ggml |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
     let mut json = Vec::new();
     for row in rows {
         let peak = &peaks[row.threads - 1];
-        let (gflops, gb) = (row.flops / row.seconds / 1e9, row.bytes / row.seconds / 1e9);
-        let one = rows.iter().find(|r| r.name == row.name && r.threads == 1);
-        let speedup = one.map_or(f64::NAN, |one| one.seconds / row.seconds);
-        println!(
-            "| {} | {} | {:.3} | {:.0} | {:.1} | {:.0} % | {:.1} | {:.0} % | {speedup:.2} | {:.3} | {:.2} |",
-            row.name,
-            row.threads,
-            row.seconds * 1e3,
-            row.tokens / row.seconds,
-            gflops,
-            100.0 * gflops / (peak.fma / 1e9),
-            gb,
-            100.0 * gb / (peak.read / 1e9),
-            row.ggml * 1e3,
-            row.ggml / row.seconds,
-        );
+        let (flops, bytes) = (row.flops / row.seconds, row.bytes / row.seconds);
+        let same = |name: &str, threads: usize| -> f64 {
+            let other = |r: &&Row| r.name == name && r.threads == threads;
+            let other = rows.iter().find(other);
+            other.map_or(f64::NAN, |other| other.seconds / row.seconds)
+        };
+        // Byte kernels multiply each number of 16 bits as two of 8.
+        let most = if row.name.ends_with("Q8_0") && dispatch::best() >= Isa::Avx512 {
+            peak.int8 / 2.0
+        } else {
+            peak.fma
+        };
+        let recurrent = row.name.replace("Chunked", "Recurrent");
+        let recurrent = if recurrent == row.name {
+            f64::NAN
+        } else {
+            same(&recurrent, row.threads)
+        };
+        let ggml = row.ggml * 1e3;
+        let cells = [
+            format!("{:.3}", row.seconds * 1e3),
+            format!("{:.0}", row.tokens / row.seconds),
+            format!("{:.1}", flops / 1e9),
+            format!("{:.0} %", 100.0 * flops / most),
+            known(bytes, format!("{:.1}", bytes / 1e9)),
+            known(bytes, format!("{:.0} %", 100.0 * bytes / peak.read)),
+            format!("{:.2}", same(&row.name, 1)),
+            known(recurrent, format!("{recurrent:.2}")),
+            known(ggml, format!("{ggml:.3}")),
+            known(ggml, format!("{:.2}", row.ggml / row.seconds)),
+        ];
+        println!("| {} | {} | {} |", row.name, row.threads, cells.join(" | "));
         json.push(format!(
-            r#"{{"op":"{}","threads":{},"ms":{:.4},"tokens_s":{:.1},"gflop_s":{gflops:.2},"gb_s":{gb:.2},"ggml_ms":{:.4}}}"#,
+            r#"{{"op":"{}","threads":{},"ms":{:.4},"tokens_s":{:.1},"gflop_s":{:.2},"gb_s":{:.2},"ggml_ms":{}}}"#,
             row.name,
             row.threads,
             row.seconds * 1e3,
             row.tokens / row.seconds,
-            row.ggml * 1e3,
+            flops / 1e9,
+            bytes / 1e9,
+            if ggml.is_nan() { "null".to_string() } else { format!("{ggml:.4}") },
         ));
     }
     let peaks: Vec<String> = peaks
         .iter()
         .map(|p| {
             format!(
-                r#"{{"read_gb_s":{:.2},"fma_gflop_s":{:.1}}}"#,
+                r#"{{"read_gb_s":{:.2},"fma_gflop_s":{:.1},"int8_gop_s":{:.1}}}"#,
                 p.read / 1e9,
-                p.fma / 1e9
+                p.fma / 1e9,
+                p.int8 / 1e9
             )
         })
         .collect();

@@ -1,4 +1,4 @@
-//! The chunked form: 64 tokens at a time, as matrix products (arXiv 2406.06484, 2412.06464).
+//! The chunked form: 32 tokens at a time, as matrix products (arXiv 2406.06484, 2412.06464).
 //!
 //! With `G_i` the sum of log decays up to token `i` of the chunk and `D_ij = exp(G_i - G_j)`, the
 //! recurrence inside a chunk that starts from the state `S` is
@@ -6,27 +6,35 @@
 //! ```text
 //!     (I + L) E = beta (V - exp(G) K S)        L_ij = beta_i D_ij k_i·k_j   for j < i
 //!     out       = exp(G) Q S + M E             M_ij =        D_ij q_i·k_j   for j <= i
-//!     S'        = D_nj-weighted K^T E + exp(G_n) S
+//!     S'        = K^T (D_nj-weighted E) + exp(G_n) S
 //! ```
 //!
 //! Ssd has `E = beta V`. Only differences `G_i - G_j <= 0` are ever raised, so no decay, however
 //! strong, overflows. A reset between `j` and `i` makes `D_ij` zero, and so it does for `S`.
 //!
+//! All that has to do with values goes through 32 value dimensions at a time: their part of the
+//! state and of the other matrices stays in an L1 cache of 32 KiB.
+//!
 //! These functions are compiled into each instruction set's own caller, which lends its vectors
 //! and its matrix product.
 
-use super::{CHUNK, Inputs, Rule, further_scales, inverse_norm};
+use super::{Inputs, Rule, further_scales, inverse_norm};
 use crate::mul_mat::buffer::Buffer;
 use std::cell::RefCell;
 
-/// Rows and columns of the blocks in which triangular matrices are inverted.
+/// Tokens that go through together: with more the triangles cost more, with fewer the walks over
+/// the state.
+const STEP: usize = 32;
+/// Value dimensions that go through a chunk together.
+const SLICE: usize = 32;
+/// Rows and columns of the blocks in which matrices are transposed and inverted.
 const BLOCK: usize = 16;
 
 /// Log decay below which nothing is left; [`exp`] is zero there.
 pub(crate) const LEAST: f32 = -87.0;
 
-/// A matrix product on F32 buffers: `c = a b`, or `c += a b`. `m`, `n` and `k` are multiples of
-/// 16, `k` of 32 where the operands allow; `a` is `[m, lda]`, `b` `[k, ldb]`, `c` `[m, ldc]`.
+/// A matrix product on F32 buffers, `c = keep c + a b`; `c` is not read if `keep` is 0. `m` and `k`
+/// are multiples of 16, `n` of 32; `a` is `[m, lda]`, `b` `[k, ldb]`, `c` `[m, ldc]`.
 pub(crate) struct Product {
     pub(crate) m: usize,
     pub(crate) n: usize,
@@ -34,7 +42,17 @@ pub(crate) struct Product {
     pub(crate) lda: usize,
     pub(crate) ldb: usize,
     pub(crate) ldc: usize,
-    pub(crate) add: bool,
+    pub(crate) keep: f32,
+    /// `a` is zero where the column is larger than the row.
+    pub(crate) lower: bool,
+}
+
+impl Product {
+    /// Columns of `a` that rows below `end` need.
+    #[inline(always)]
+    pub(crate) fn depth(&self, end: usize) -> usize {
+        if self.lower { self.k.min(end) } else { self.k }
+    }
 }
 
 /// F32 numbers on cache-line bounds.
@@ -51,48 +69,47 @@ impl Numbers {
 
 /// Memory of a thread, reused over heads and calls.
 struct Work {
-    sk: Numbers,
+    s: Numbers,
     kq: Numbers,
-    x: Numbers,
-    r: Numbers,
-    e: Numbers,
-    l: Numbers,
-    t: Numbers,
-    m: Numbers,
     kt: Numbers,
-    out: Numbers,
-    operands: Buffer,
+    small: Box<Small>,
 }
 
-/// One head's chunk.
+/// What does not depend on the head's dimensions.
+#[repr(C, align(64))]
+struct Small {
+    /// `K K^T`, then `Q K^T`, `[2 STEP][STEP]`.
+    x: [f32; 2 * STEP * STEP],
+    /// `L`, its inverse with the unit diagonal, and `M`.
+    l: [f32; STEP * STEP],
+    t: [f32; STEP * STEP],
+    m: [f32; STEP * STEP],
+    /// A slice of `K S`, then of `Q S`, which becomes the output, `[2 STEP][SLICE]`.
+    held: [f32; 2 * STEP * SLICE],
+    /// A slice of the right side of the triangular system, and of `E`: what is written for each
+    /// key.
+    r: [f32; STEP * SLICE],
+    e: [f32; STEP * SLICE],
+    /// Sums of log decays.
+    g: [f32; STEP],
+    /// Decay from the state before the chunk to the token, and from the token to the end.
+    from_state: [f32; STEP],
+    to_end: [f32; STEP],
+    /// Resets before or at the token, counted from the chunk's start; a decay to nothing is one.
+    segment: [u32; STEP],
+    beta: [f32; STEP],
+}
+
+/// One head's chunk: dimensions padded to whole blocks, and where its matrices lie.
 struct Chunk<'w> {
     dim_k: usize,
-    dim_v: usize,
-    /// `[S | K^T]`, `[dim_k, dim_v + CHUNK]`.
-    sk: &'w mut [f32],
-    /// Keys, then queries, normalised, `[2 CHUNK, dim_k]`.
+    /// The state, `[dim_v / SLICE][dim_k][SLICE]`.
+    s: &'w mut [f32],
+    /// Keys, then queries, normalised, `[2 STEP, dim_k]`.
     kq: &'w mut [f32],
-    /// `[K; Q] [S | K^T]`, `[2 CHUNK, dim_v + CHUNK]`.
-    x: &'w mut [f32],
-    /// Values, then the right side of the triangular system, `[CHUNK, dim_v]`.
-    r: &'w mut [f32],
-    /// What is written for each key, `[CHUNK, dim_v]`.
-    e: &'w mut [f32],
-    /// `L`, its inverse with the unit diagonal, and `M`; `[CHUNK, CHUNK]` each.
-    l: &'w mut [f32],
-    t: &'w mut [f32],
-    m: &'w mut [f32],
-    /// `K^T` weighted by the decay to the end of the chunk, `[dim_k, CHUNK]`.
+    /// `K^T`, `[dim_k, STEP]`.
     kt: &'w mut [f32],
-    /// `[CHUNK, dim_v]`.
-    out: &'w mut [f32],
-    /// Room in which a product may rearrange its operands.
-    operands: &'w mut Buffer,
-    /// Sums of log decays.
-    g: [f32; CHUNK],
-    /// Resets before or at the token, counted from the chunk's start; a decay to nothing is one.
-    segment: [u32; CHUNK],
-    beta: [f32; CHUNK],
+    w: &'w mut Small,
 }
 
 thread_local! {
@@ -103,23 +120,29 @@ impl Work {
     fn new() -> Work {
         let empty = || Numbers(Buffer::zeroed(0));
         Work {
-            sk: empty(),
+            s: empty(),
             kq: empty(),
-            x: empty(),
-            r: empty(),
-            e: empty(),
-            l: empty(),
-            t: empty(),
-            m: empty(),
             kt: empty(),
-            out: empty(),
-            operands: Buffer::zeroed(0),
+            small: Box::new(Small {
+                x: [0.0; 2 * STEP * STEP],
+                l: [0.0; STEP * STEP],
+                t: [0.0; STEP * STEP],
+                m: [0.0; STEP * STEP],
+                held: [0.0; 2 * STEP * SLICE],
+                r: [0.0; STEP * SLICE],
+                e: [0.0; STEP * SLICE],
+                g: [0.0; STEP],
+                from_state: [0.0; STEP],
+                to_end: [0.0; STEP],
+                segment: [0; STEP],
+                beta: [0.0; STEP],
+            }),
         }
     }
 }
 
 /// One head from first to last token. `state` is `[head_dim_k, head_dim_v]`, row `t` of `out`
-/// starts at `t * n_head * head_dim_v`.
+/// starts at `t * out_stride`.
 ///
 /// # Safety
 /// `out` must hold the head's rows, and nothing else may use them meanwhile.
@@ -129,59 +152,42 @@ pub(crate) unsafe fn chunked(
     head: usize,
     state: &mut [f32],
     out: *mut f32,
-    mut product: impl FnMut(&Product, *const f32, *const f32, *mut f32, &mut Buffer),
+    mut product: impl FnMut(&Product, *const f32, *const f32, *mut f32),
 ) {
     // Taken out, not borrowed: code in a closure would not be compiled for this caller's vectors.
     let mut work = WORK.take().unwrap_or_else(|| Box::new(Work::new()));
-    let (dim_k, dim_v) = (
-        x.head_dim_k.next_multiple_of(32),
-        x.head_dim_v.next_multiple_of(16),
-    );
-    let width = dim_v + CHUNK;
-    let mut w = Chunk {
+    let dim_k = x.head_dim_k.next_multiple_of(BLOCK);
+    let dim_v = x.head_dim_v.next_multiple_of(SLICE);
+    let mut c = Chunk {
         dim_k,
-        dim_v,
-        sk: work.sk.room(dim_k * width),
-        kq: work.kq.room(2 * CHUNK * dim_k),
-        x: work.x.room(2 * CHUNK * width),
-        r: work.r.room(CHUNK * dim_v),
-        e: work.e.room(CHUNK * dim_v),
-        l: work.l.room(CHUNK * CHUNK),
-        t: work.t.room(CHUNK * CHUNK),
-        m: work.m.room(CHUNK * CHUNK),
-        kt: work.kt.room(dim_k * CHUNK),
-        out: work.out.room(CHUNK * dim_v),
-        operands: &mut work.operands,
-        g: [0.0; CHUNK],
-        segment: [0; CHUNK],
-        beta: [0.0; CHUNK],
+        s: work.s.room(dim_k * dim_v),
+        kq: work.kq.room(2 * STEP * dim_k),
+        kt: work.kt.room(dim_k * STEP),
+        w: &mut work.small,
     };
     // What pads dimensions to whole vectors must be zero.
     if dim_k > x.head_dim_k || dim_v > x.head_dim_v {
-        w.sk.fill(0.0);
-        w.kq.fill(0.0);
+        c.s.fill(0.0);
+        c.kq.fill(0.0);
     }
-    let rows = w.sk.chunks_exact_mut(width);
-    for (row, s) in rows.zip(state.chunks_exact(x.head_dim_v)) {
-        row[..x.head_dim_v].copy_from_slice(s);
-    }
-    for start in (0..x.n_tokens).step_by(CHUNK) {
-        let n = CHUNK.min(x.n_tokens - start);
-        gather(&mut w, x, head, start, n);
-        step(&mut w, x, head, start, n, &mut product);
-        for i in 0..n {
-            let from = &w.out[i * dim_v..][..x.head_dim_v];
-            // SAFETY: row `start + i` of this head, by the caller's promise.
-            let to = unsafe {
-                let first = (start + i) * x.n_head * x.head_dim_v;
-                std::slice::from_raw_parts_mut(out.add(first), x.head_dim_v)
-            };
-            to.copy_from_slice(from);
+    for (i, from) in state.chunks_exact(x.head_dim_v).enumerate() {
+        for (slice, from) in from.chunks(SLICE).enumerate() {
+            c.s[(slice * dim_k + i) * SLICE..][..from.len()].copy_from_slice(from);
         }
     }
-    let rows = w.sk.chunks_exact(width);
-    for (row, s) in rows.zip(state.chunks_exact_mut(x.head_dim_v)) {
-        s.copy_from_slice(&row[..x.head_dim_v]);
+    for start in (0..x.n_tokens).step_by(STEP) {
+        let n = STEP.min(x.n_tokens - start);
+        gather(&mut c, x, head, start, n);
+        // SAFETY: rows from `start` on of this head, by the caller's promise.
+        unsafe {
+            let out = out.wrapping_add(start * x.out_stride);
+            step(&mut c, x, head, start, n, out, &mut product);
+        }
+    }
+    for (i, to) in state.chunks_exact_mut(x.head_dim_v).enumerate() {
+        for (slice, to) in to.chunks_mut(SLICE).enumerate() {
+            to.copy_from_slice(&c.s[(slice * dim_k + i) * SLICE..][..to.len()]);
+        }
     }
     WORK.set(Some(work));
 }
@@ -189,30 +195,27 @@ pub(crate) unsafe fn chunked(
 /// Takes in the tokens `start..start + n`; the rest of the chunk becomes tokens that write
 /// nothing.
 #[inline(always)]
-fn gather(w: &mut Chunk<'_>, x: &Inputs<'_>, head: usize, start: usize, n: usize) {
+fn gather(c: &mut Chunk<'_>, x: &Inputs<'_>, head: usize, start: usize, n: usize) {
     let head_k = head / (x.n_head / x.n_head_k);
-    let (dk, dv) = (x.head_dim_k, x.head_dim_v);
+    let (dk, dim_k) = (x.head_dim_k, c.dim_k);
     let (further_k, further_q) = further_scales(x);
+    let w = &mut *c.w;
     let mut sum = 0.0;
     let mut segment = 0;
     let mut resets = x.resets.partition_point(|&r| r < start);
-    let (keys, queries) = w.kq.split_at_mut(CHUNK * w.dim_k);
+    let (keys, queries) = c.kq.split_at_mut(STEP * dim_k);
     for i in 0..n {
         let t = start + i;
         let k = &x.k[(t * x.n_head_k + head_k) * dk..][..dk];
         let q = &x.q[(t * x.n_head + head) * dk..][..dk];
-        let v = &x.v[(t * x.n_head_k + head_k) * dv..][..dv];
         let scale = inverse_norm(x.rule, k) * further_k;
-        for (to, from) in keys[i * w.dim_k..][..dk].iter_mut().zip(k) {
+        for (to, from) in keys[i * dim_k..][..dk].iter_mut().zip(k) {
             *to = from * scale;
         }
         let scale = inverse_norm(x.rule, q) * further_q;
-        for (to, from) in queries[i * w.dim_k..][..dk].iter_mut().zip(q) {
+        for (to, from) in queries[i * dim_k..][..dk].iter_mut().zip(q) {
             *to = from * scale;
         }
-        let values = &mut w.r[i * w.dim_v..][..w.dim_v];
-        values[..dv].copy_from_slice(v);
-        values[dv..].fill(0.0);
         w.beta[i] = x.beta[t * x.n_head + head];
         let g = if x.rule == Rule::Delta {
             0.0
@@ -232,19 +235,23 @@ fn gather(w: &mut Chunk<'_>, x: &Inputs<'_>, head: usize, start: usize, n: usize
         w.g[i] = sum;
         w.segment[i] = segment;
     }
-    if n < CHUNK {
-        keys[n * w.dim_k..].fill(0.0);
-        queries[n * w.dim_k..].fill(0.0);
-        w.r[n * w.dim_v..].fill(0.0);
+    if n < STEP {
+        keys[n * dim_k..].fill(0.0);
+        queries[n * dim_k..].fill(0.0);
         w.beta[n..].fill(0.0);
         w.g[n..].fill(sum);
         w.segment[n..].fill(segment);
     }
-    let width = w.dim_v + CHUNK;
-    for (block, rows) in keys.chunks_exact(BLOCK * w.dim_k).enumerate() {
-        for i in (0..w.dim_k).step_by(BLOCK) {
-            let first = i * width + w.dim_v + block * BLOCK;
-            transpose(&rows[i..], w.dim_k, &mut w.sk[first..], width);
+    for i in 0..STEP {
+        let sees_state = w.segment[i] == 0;
+        w.from_state[i] = if sees_state { exp(w.g[i]) } else { 0.0 };
+        let seen = w.segment[i] == segment;
+        w.to_end[i] = if seen { exp(sum - w.g[i]) } else { 0.0 };
+    }
+    for (block, rows) in keys.chunks_exact(BLOCK * dim_k).enumerate() {
+        for i in (0..dim_k).step_by(BLOCK) {
+            let to = &mut c.kt[i * STEP + block * BLOCK..];
+            transpose(&rows[i..], dim_k, to, STEP);
         }
     }
 }
@@ -283,173 +290,168 @@ fn prefetch(x: &[f32], first: usize, n: usize) {
     let _ = (x, first, n);
 }
 
-/// The chunk of tokens `start..start + n`, gathered.
+/// `M`, and `(I + L)^-1` where the rule has one, from `K K^T` and `Q K^T`.
 #[inline(always)]
-fn step(
-    w: &mut Chunk<'_>,
+fn triangles(w: &mut Small, rule: Rule) {
+    for i in 0..STEP {
+        // One vector loop over a whole row costs less than stopping at the diagonal.
+        let mut decay = [0f32; STEP];
+        for j in 0..STEP {
+            let past = j <= i && w.segment[j] == w.segment[i];
+            decay[j] = if past { exp(w.g[i] - w.g[j]) } else { 0.0 };
+        }
+        let qk = &w.x[(STEP + i) * STEP..][..STEP];
+        let m = &mut w.m[i * STEP..][..STEP];
+        for j in 0..STEP {
+            m[j] = decay[j] * qk[j];
+        }
+        if rule == Rule::Ssd {
+            continue;
+        }
+        let kk = &w.x[i * STEP..][..STEP];
+        let l = &mut w.l[i * STEP..][..STEP];
+        let beta = w.beta[i];
+        for j in 0..STEP {
+            l[j] = if j < i { beta * decay[j] * kk[j] } else { 0.0 };
+        }
+    }
+    if rule != Rule::Ssd {
+        invert(&w.l, &mut w.t);
+    }
+}
+
+/// The chunk of tokens `start..start + n`, gathered; `out` is the first one's row.
+///
+/// # Safety
+/// `out` must hold the rows of `n` tokens.
+#[inline(always)]
+unsafe fn step(
+    c: &mut Chunk<'_>,
     x: &Inputs<'_>,
     head: usize,
     start: usize,
     n: usize,
-    product: &mut impl FnMut(&Product, *const f32, *const f32, *mut f32, &mut Buffer),
+    out: *mut f32,
+    product: &mut impl FnMut(&Product, *const f32, *const f32, *mut f32),
 ) {
-    let (dim_k, dim_v, rule) = (w.dim_k, w.dim_v, x.rule);
-    let width = dim_v + CHUNK;
+    let (dim_k, rule, w) = (c.dim_k, x.rule, &mut *c.w);
     let head_k = head / (x.n_head / x.n_head_k);
     // Ssd never asks what the state holds for a key.
-    let skip = if rule == Rule::Ssd { CHUNK } else { 0 };
-    let shape = Product {
-        m: 2 * CHUNK - skip,
-        n: width,
+    let skip = if rule == Rule::Ssd { STEP } else { 0 };
+    let rows = Product {
+        m: 2 * STEP - skip,
+        n: SLICE,
         k: dim_k,
         lda: dim_k,
-        ldb: width,
-        ldc: width,
-        add: false,
+        ldb: SLICE,
+        ldc: SLICE,
+        keep: 0.0,
+        lower: false,
     };
-    product(
-        &shape,
-        w.kq[skip * dim_k..].as_ptr(),
-        w.sk.as_ptr(),
-        w.x[skip * width..].as_mut_ptr(),
-        w.operands,
-    );
-    let mut from_state = [0f32; CHUNK];
-    for i in 0..CHUNK {
-        from_state[i] = if w.segment[i] == 0 { exp(w.g[i]) } else { 0.0 };
-    }
-    for i in 0..CHUNK {
+    const {
+        assert!(
+            SLICE == STEP,
+            "one shape for K^T and for a slice of the state"
+        )
+    };
+    let kq = c.kq[skip * dim_k..].as_ptr();
+    product(&rows, kq, c.kt.as_ptr(), w.x[skip * STEP..].as_mut_ptr());
+    for t in (start + STEP..x.n_tokens).take(STEP) {
         // Rows of a head lie far apart: ask for the next chunk's while there is other work.
-        let t = start + CHUNK + i;
         prefetch(x.k, (t * x.n_head_k + head_k) * x.head_dim_k, x.head_dim_k);
         prefetch(x.q, (t * x.n_head + head) * x.head_dim_k, x.head_dim_k);
         prefetch(x.v, (t * x.n_head_k + head_k) * x.head_dim_v, x.head_dim_v);
-        // One vector loop over a whole row costs less than stopping at the diagonal.
-        let mut decay = [0f32; CHUNK];
-        for j in 0..CHUNK {
-            let past = j <= i && w.segment[j] == w.segment[i];
-            decay[j] = if past { exp(w.g[i] - w.g[j]) } else { 0.0 };
-        }
-        let qk = &w.x[(CHUNK + i) * width + dim_v..][..CHUNK];
-        let m = &mut w.m[i * CHUNK..][..CHUNK];
-        for j in 0..CHUNK {
-            m[j] = decay[j] * qk[j];
-        }
-        let beta = w.beta[i];
-        let r = &mut w.r[i * dim_v..][..dim_v];
-        if rule == Rule::Ssd {
-            for r in r {
-                *r *= beta;
-            }
-            continue;
-        }
-        let kk = &w.x[i * width + dim_v..][..CHUNK];
-        let l = &mut w.l[i * CHUNK..][..CHUNK];
-        for j in 0..CHUNK {
-            l[j] = if j < i { beta * decay[j] * kk[j] } else { 0.0 };
-        }
-        let ks = &w.x[i * width..][..dim_v];
-        for (r, ks) in r.iter_mut().zip(ks) {
-            *r = beta * (*r - from_state[i] * ks);
-        }
     }
-    if rule == Rule::Ssd {
-        w.e.copy_from_slice(w.r);
-    } else {
-        invert(w.l, w.t);
-        let shape = Product {
-            m: CHUNK,
-            n: dim_v,
-            k: CHUNK,
-            lda: CHUNK,
-            ldb: dim_v,
-            ldc: dim_v,
-            add: false,
+    triangles(w, rule);
+    let lower = Product {
+        m: STEP,
+        k: STEP,
+        lda: STEP,
+        lower: true,
+        ..rows
+    };
+    for (slice, s) in c.s.chunks_exact_mut(dim_k * SLICE).enumerate() {
+        let first = slice * SLICE;
+        let width = SLICE.min(x.head_dim_v - first);
+        product(&rows, kq, s.as_ptr(), w.held[skip * SLICE..].as_mut_ptr());
+        let (ks, o) = w.held.split_at_mut(STEP * SLICE);
+        // Ssd writes its right side as it is.
+        let r = if rule == Rule::Ssd {
+            &mut w.e
+        } else {
+            &mut w.r
         };
-        product(
-            &shape,
-            w.t.as_ptr(),
-            w.r.as_ptr(),
-            w.e.as_mut_ptr(),
-            w.operands,
-        );
-    }
-    for i in 0..CHUNK {
-        let qs = &w.x[(CHUNK + i) * width..][..dim_v];
-        for (out, qs) in w.out[i * dim_v..][..dim_v].iter_mut().zip(qs) {
-            *out = from_state[i] * qs;
+        for i in 0..n {
+            let at = ((start + i) * x.n_head_k + head_k) * x.head_dim_v + first;
+            let r = &mut r[i * SLICE..][..SLICE];
+            r[..width].copy_from_slice(&x.v[at..at + width]);
+            r[width..].fill(0.0);
+            let (beta, decay) = (w.beta[i], w.from_state[i]);
+            if rule == Rule::Ssd {
+                for j in 0..SLICE {
+                    r[j] *= beta;
+                }
+            } else {
+                let ks = &ks[i * SLICE..][..SLICE];
+                for j in 0..SLICE {
+                    r[j] = beta * (r[j] - decay * ks[j]);
+                }
+            }
         }
-    }
-    let shape = Product {
-        m: CHUNK,
-        n: dim_v,
-        k: CHUNK,
-        lda: CHUNK,
-        ldb: dim_v,
-        ldc: dim_v,
-        add: true,
-    };
-    product(
-        &shape,
-        w.m.as_ptr(),
-        w.e.as_ptr(),
-        w.out.as_mut_ptr(),
-        w.operands,
-    );
-    let last = n - 1;
-    let mut to_end = [0f32; CHUNK];
-    for j in 0..n {
-        if w.segment[j] == w.segment[last] {
-            to_end[j] = exp(w.g[last] - w.g[j]);
+        r[n * SLICE..].fill(0.0);
+        if rule != Rule::Ssd {
+            product(&lower, w.t.as_ptr(), w.r.as_ptr(), w.e.as_mut_ptr());
         }
-    }
-    for i in 0..dim_k {
-        let row = &mut w.sk[i * width..][..width];
-        let (s, k) = row.split_at_mut(dim_v);
-        for s in s {
-            *s *= from_state[last];
+        for i in 0..n {
+            let o = &mut o[i * SLICE..][..SLICE];
+            for j in 0..SLICE {
+                o[j] *= w.from_state[i];
+            }
         }
-        let kt = &mut w.kt[i * CHUNK..][..CHUNK];
-        for j in 0..CHUNK {
-            kt[j] = k[j] * to_end[j];
+        let add = Product { keep: 1.0, ..lower };
+        product(&add, w.m.as_ptr(), w.e.as_ptr(), o.as_mut_ptr());
+        for i in 0..n {
+            // SAFETY: row `i`, columns of this slice, by the caller's promise.
+            unsafe {
+                let to = out.add(i * x.out_stride + first);
+                to.copy_from_nonoverlapping(o[i * SLICE..][..width].as_ptr(), width);
+            }
         }
+        for i in 0..STEP {
+            let e = &mut w.e[i * SLICE..][..SLICE];
+            for j in 0..SLICE {
+                e[j] *= w.to_end[i];
+            }
+        }
+        let update = Product {
+            m: dim_k,
+            k: STEP,
+            lda: STEP,
+            keep: w.from_state[STEP - 1],
+            ..rows
+        };
+        product(&update, c.kt.as_ptr(), w.e.as_ptr(), s.as_mut_ptr());
     }
-    let shape = Product {
-        m: dim_k,
-        n: dim_v,
-        k: CHUNK,
-        lda: CHUNK,
-        ldb: dim_v,
-        ldc: width,
-        add: true,
-    };
-    product(
-        &shape,
-        w.kt.as_ptr(),
-        w.e.as_ptr(),
-        w.sk.as_mut_ptr(),
-        w.operands,
-    );
 }
 
 /// `t = (I + l)^-1` for strictly lower triangular `l`, row by row: `t_i = e_i - sum_(j<i) l_ij t_j`.
 #[inline(always)]
 fn invert(l: &[f32], t: &mut [f32]) {
-    t[..CHUNK * CHUNK].fill(0.0);
-    for first in (0..CHUNK).step_by(BLOCK) {
-        for i in first..CHUNK {
+    t[..STEP * STEP].fill(0.0);
+    for first in (0..STEP).step_by(BLOCK) {
+        for i in first..STEP {
             // Four sums side by side; past the diagonal `l` is zero, and so is `t` so far.
             let mut sums = [[0f32; BLOCK]; 4];
             for j in (first..i).step_by(4) {
                 for (u, sum) in sums.iter_mut().enumerate() {
-                    let factor = l[i * CHUNK + j + u];
-                    let from = &t[(j + u) * CHUNK + first..][..BLOCK];
+                    let factor = l[i * STEP + j + u];
+                    let from = &t[(j + u) * STEP + first..][..BLOCK];
                     for c in 0..BLOCK {
                         sum[c] = factor.mul_add(from[c], sum[c]);
                     }
                 }
             }
-            let row = &mut t[i * CHUNK + first..][..BLOCK];
+            let row = &mut t[i * STEP + first..][..BLOCK];
             for c in 0..BLOCK {
                 row[c] = -((sums[0][c] + sums[1][c]) + (sums[2][c] + sums[3][c]));
             }
@@ -506,19 +508,19 @@ mod tests {
 
     #[test]
     fn inverse_times_matrix_is_one() {
-        let mut l = vec![0f32; CHUNK * CHUNK];
-        for i in 0..CHUNK {
+        let mut l = vec![0f32; STEP * STEP];
+        for i in 0..STEP {
             for j in 0..i {
-                l[i * CHUNK + j] = ((i * 31 + j * 17) % 13) as f32 / 60.0 - 0.1;
+                l[i * STEP + j] = ((i * 31 + j * 17) % 13) as f32 / 60.0 - 0.1;
             }
         }
-        let mut t = vec![f32::NAN; CHUNK * CHUNK];
+        let mut t = vec![f32::NAN; STEP * STEP];
         invert(&l, &mut t);
-        for i in 0..CHUNK {
-            for j in 0..CHUNK {
-                let mut sum = t[i * CHUNK + j];
+        for i in 0..STEP {
+            for j in 0..STEP {
+                let mut sum = t[i * STEP + j];
                 for k in 0..i {
-                    sum += l[i * CHUNK + k] * t[k * CHUNK + j];
+                    sum += l[i * STEP + k] * t[k * STEP + j];
                 }
                 let expected = f32::from(u8::from(i == j));
                 assert!((sum - expected).abs() < 1e-5, "({i}, {j}): {sum}");

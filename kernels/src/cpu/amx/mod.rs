@@ -4,6 +4,7 @@
 //! 16 rows of 64 bytes.
 
 pub(crate) mod attend;
+mod invert;
 pub(crate) mod mul_mat;
 mod pairs;
 pub(crate) mod recur;

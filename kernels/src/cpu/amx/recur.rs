@@ -7,6 +7,7 @@
 //! computed nor read.
 
 use super::CONFIG;
+use super::invert::invert;
 use super::pairs::{DEPTH, PAIR, TILE, four_tiles, left_row, right_row, transpose};
 use crate::mul_mat::buffer::Buffer;
 use crate::recur::chunk::LEAST;
@@ -171,7 +172,7 @@ pub(crate) unsafe fn chunked(
                 c.s = states.add(i * dim_k * dim_v);
                 c.gather(x, head, start, n);
                 let at = |head: usize, start: usize| {
-                    out.wrapping_add((start * x.n_head + head - heads.start) * x.head_dim_v)
+                    out.wrapping_add(start * x.out_stride + (head - heads.start) * x.head_dim_v)
                 };
                 let next = if head + 1 < heads.end {
                     (head + 1, start)
@@ -598,7 +599,7 @@ impl Chunk<'_> {
                 x.n_head_k * dim_k * 4,
                 x.n_head * dim_k * 4,
                 x.n_head_k * dim_v * 4,
-                x.n_head * dim_v * 4,
+                x.out_stride * 4,
             ],
             bytes: [dim_k * 4, dim_k * 4, dim_v * 4, dim_v * 4],
             asked: 0,
@@ -620,7 +621,7 @@ impl Chunk<'_> {
                     let inside = self.w.held.as_ptr().add(row + j * F32_TILE);
                     let from_state = _mm512_load_ps(inside.add(BLOCKS * 2 * F32_TILE));
                     let o = _mm512_fmadd_ps(from_state, factor, _mm512_load_ps(inside));
-                    let to = out.add(i * x.n_head * x.head_dim_v + first);
+                    let to = out.add(i * x.out_stride + first);
                     let mask = mask(n_v.saturating_sub(j * BLOCK));
                     _mm512_mask_storeu_ps(to.wrapping_add(j * BLOCK), mask, o);
                 }
@@ -837,76 +838,6 @@ impl Ahead {
             }
         }
         self.asked = end;
-    }
-}
-
-/// `t = (I + l)^-1` for strictly lower triangular `l`: blocks on the diagonal row by row, those
-/// below from `T_ab = -T_aa sum_c L_ac T_cb`. What is above the diagonal stays zero.
-///
-/// # Safety
-/// The instruction set must be there.
-#[target_feature(enable = "avx512f")]
-unsafe fn invert(blocks: usize, l: &[f32; CHUNK * CHUNK], t: &mut [f32; CHUNK * CHUNK]) {
-    let (l, t) = (l.as_ptr(), t.as_mut_ptr());
-    // SAFETY: rows and blocks of 64 x 64 numbers.
-    unsafe {
-        for i in 0..BLOCK {
-            // The diagonal blocks side by side: each row waits for the one before.
-            for block in 0..blocks {
-                let first = block * BLOCK * (CHUNK + 1);
-                let (l, t) = (l.add(first + i * CHUNK), t.add(first));
-                let mut sums = [_mm512_setzero_ps(); 2];
-                for j in 0..i {
-                    let row = _mm512_load_ps(t.add(j * CHUNK));
-                    sums[j % 2] = _mm512_fnmadd_ps(_mm512_set1_ps(*l.add(j)), row, sums[j % 2]);
-                }
-                let one = _mm512_maskz_mov_ps(1 << i, _mm512_set1_ps(1.0));
-                let sum = _mm512_add_ps(sums[0], _mm512_add_ps(sums[1], one));
-                _mm512_store_ps(t.add(i * CHUNK), sum);
-            }
-        }
-        let mut product = [0f32; BLOCK * BLOCK];
-        for a in 1..blocks {
-            for b in (0..a).rev() {
-                let mut sum = [_mm512_setzero_ps(); BLOCK];
-                for c in b..a {
-                    let l = l.add(a * BLOCK * CHUNK + c * BLOCK);
-                    let t = t.add(c * BLOCK * CHUNK + b * BLOCK);
-                    add_product(&mut sum, l, CHUNK, t, CHUNK);
-                }
-                for (r, sum) in sum.iter().enumerate() {
-                    let minus = _mm512_sub_ps(_mm512_setzero_ps(), *sum);
-                    _mm512_storeu_ps(product.as_mut_ptr().add(r * BLOCK), minus);
-                }
-                let mut sum = [_mm512_setzero_ps(); BLOCK];
-                let own = t.add(a * BLOCK * (CHUNK + 1));
-                add_product(&mut sum, own, CHUNK, product.as_ptr(), BLOCK);
-                for (r, sum) in sum.iter().enumerate() {
-                    _mm512_store_ps(t.add((a * BLOCK + r) * CHUNK + b * BLOCK), *sum);
-                }
-            }
-        }
-    }
-}
-
-/// `sum += a b` for blocks of 16 x 16.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn add_product(
-    sum: &mut [__m512; BLOCK],
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    ldb: usize,
-) {
-    for k in 0..BLOCK {
-        // SAFETY: row `k` of `b`, column `k` of `a`.
-        unsafe {
-            let b = _mm512_loadu_ps(b.add(k * ldb));
-            for r in 0..BLOCK {
-                sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(*a.add(r * lda + k)), b, sum[r]);
-            }
-        }
     }
 }
 

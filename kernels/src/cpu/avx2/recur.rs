@@ -12,7 +12,7 @@ const STRIP: usize = 2;
 /// go through a copy padded with zeros.
 ///
 /// # Safety
-/// `state` must be a head's, `out` its first row; rows are `n_head * head_dim_v` apart.
+/// `state` must be a head's, `out` its first row; rows are `out_stride` apart.
 #[target_feature(enable = "avx2,fma")]
 pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     const WIDTH: usize = 8 * STRIP;
@@ -112,7 +112,7 @@ unsafe fn columns(
                 _mm256_storeu_ps(v.as_mut_ptr().add(8 * j), o);
             }
             // Row `t` of this head's output, by the caller's promise.
-            let to = out.add(t * x.n_head * dim_v + first);
+            let to = out.add(t * x.out_stride + first);
             to.copy_from_nonoverlapping(v.as_ptr(), n);
         }
     }
@@ -126,7 +126,7 @@ unsafe fn columns(
 pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     // SAFETY: passed on; the buffers have the shapes that `Product` states.
     unsafe {
-        chunk::chunked(x, head, state, out, |shape, a, b, c, _| {
+        chunk::chunked(x, head, state, out, |shape, a, b, c| {
             product(shape, a, b, c);
         });
     }
@@ -145,14 +145,16 @@ unsafe fn product(shape: &Product, a: *const f32, b: *const f32, c: *mut f32) {
             unsafe {
                 let (a, b) = (a.add(row * shape.lda), b.add(col));
                 let c = c.add(row * shape.ldc + col);
-                if shape.add {
+                if shape.keep != 0.0 {
+                    let keep = _mm256_set1_ps(shape.keep);
                     for r in 0..4 {
                         for j in 0..2 {
-                            sum[r][j] = _mm256_loadu_ps(c.add(r * shape.ldc + 8 * j));
+                            let c = _mm256_loadu_ps(c.add(r * shape.ldc + 8 * j));
+                            sum[r][j] = _mm256_mul_ps(c, keep);
                         }
                     }
                 }
-                for i in 0..shape.k {
+                for i in 0..shape.depth(row + 4) {
                     let b = b.add(i * shape.ldb);
                     let b = [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))];
                     for r in 0..4 {

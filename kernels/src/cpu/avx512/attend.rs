@@ -37,7 +37,7 @@ impl Ahead {
         } else {
             p.wrapping_offset(self.jump)
         };
-        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
 }
 

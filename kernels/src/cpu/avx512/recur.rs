@@ -6,25 +6,59 @@ use crate::recur::chunk::{self, Product};
 use crate::recur::{Inputs, Rule, further_scales, inverse_norm};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Vectors side by side in a strip of the state: with 128 key dimensions a strip is 32 KiB, which
 /// the L1 cache holds over all tokens of a call.
 const STRIP: usize = 4;
+/// The same for larger heads.
+const NARROW_STRIP: usize = 2;
+/// The same for a few tokens: most of the time goes into fetching the state, in whole rows.
+const WIDE_STRIP: usize = 8;
+/// Tokens that a strip goes through before the next strip does: few enough that their keys and
+/// queries, once read, stay in the L2 cache.
+const PIECE: usize = 128;
+/// Tokens whose rows, which lie far apart, are asked for ahead.
+const AHEAD: usize = 8;
 
-/// The recurrent form of one head. Each strip of the state goes through all tokens before the
-/// next: it comes from memory once a call. `S^T k` is summed in two parts, over even and odd key
-/// dimensions, so that sums are the same for any number of tokens.
+/// The recurrent form of one head. Each strip of the state goes through many tokens before the
+/// next: in decode it comes from memory once a call. `S^T k` is summed in two parts, over even and
+/// odd key dimensions, so that sums are the same for any number of tokens.
 ///
 /// # Safety
-/// `state` must be a head's, `out` its first row; rows are `n_head * head_dim_v` apart.
+/// `state` must be a head's, `out` its first row; rows are `out_stride` apart.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
 pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
+    let mut work = WORK.take().unwrap_or_else(|| Box::new(Work::new()));
+    for start in (0..x.n_tokens).step_by(PIECE) {
+        let tokens = start..x.n_tokens.min(start + PIECE);
+        // SAFETY: passed on.
+        unsafe { piece(x, head, tokens, state, out, &mut work) }
+    }
+    WORK.set(Some(work));
+}
+
+/// Some tokens of [`recurrent`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+unsafe fn piece(
+    x: &Inputs<'_>,
+    head: usize,
+    tokens: Range<usize>,
+    state: &mut [f32],
+    out: *mut f32,
+    work: &mut Work,
+) {
     let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
     let head_k = head / (x.n_head / x.n_head_k);
     let (further_k, further_q) = further_scales(x);
-    let mut work = WORK.take().unwrap_or_else(|| Box::new(Work::new()));
     work.scales.clear();
-    for t in 0..x.n_tokens {
+    for t in tokens.clone() {
+        if t + AHEAD < x.n_tokens {
+            let at = (t + AHEAD) * x.n_head_k + head_k;
+            fetch_row(&x.k[at * dim_k..][..dim_k]);
+            fetch_row(&x.v[at * dim_v..][..dim_v]);
+            fetch_row(&x.q[((t + AHEAD) * x.n_head + head) * dim_k..][..dim_k]);
+        }
         let k = &x.k[(t * x.n_head_k + head_k) * dim_k..][..dim_k];
         let q = &x.q[(t * x.n_head + head) * dim_k..][..dim_k];
         work.scales.push((
@@ -32,36 +66,43 @@ pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], o
             inverse_norm(x.rule, q) * further_q,
         ));
     }
+    let many = tokens.len() >= COMPACT_FROM;
+    let vectors = match dim_k {
+        _ if !many => WIDE_STRIP,
+        129.. => NARROW_STRIP,
+        _ => STRIP,
+    };
     // Over many tokens a strip is worked on in one piece: with its rows a power of two apart it
     // would use half of the L1 cache's sets and be thrown out of the other half.
-    let compact = x.n_tokens >= COMPACT_FROM && dim_v > 16 * STRIP;
-    for first in (0..dim_v).step_by(16 * STRIP) {
-        let n = (dim_v - first).min(16 * STRIP);
+    let compact = many && dim_v > 16 * vectors;
+    for first in (0..dim_v).step_by(16 * vectors) {
+        let n = (dim_v - first).min(16 * vectors);
         if compact {
             work.strip.reserve(dim_k * 16 * STRIP * 4);
             let strip = work.strip.as_mut_ptr().cast::<f32>();
             for i in 0..dim_k {
-                // SAFETY: `n` numbers of row `i`; the strip has `dim_k` rows of `16 STRIP`.
+                // SAFETY: `n` numbers of row `i`; the strip has `dim_k` rows of `16 vectors`.
                 unsafe {
                     let row = state[i * dim_v + first..][..n].as_ptr();
-                    strip.add(i * 16 * STRIP).copy_from_nonoverlapping(row, n);
+                    strip.add(i * 16 * vectors).copy_from_nonoverlapping(row, n);
                 }
             }
             // SAFETY: columns `first..` of the copy and of `out`.
             unsafe {
                 let part = Part {
                     first,
+                    n,
                     state: strip,
-                    ld: 16 * STRIP,
+                    ld: 16 * vectors,
                     out: out.add(first),
                 };
-                columns(x, head, &part, &work.scales);
+                columns(x, head, &part, tokens.start, &work.scales);
             }
             for i in 0..dim_k {
                 // SAFETY: as above.
                 unsafe {
                     let row = state[i * dim_v + first..][..n].as_mut_ptr();
-                    row.copy_from_nonoverlapping(strip.add(i * 16 * STRIP), n);
+                    row.copy_from_nonoverlapping(strip.add(i * 16 * vectors), n);
                 }
             }
         } else {
@@ -70,15 +111,24 @@ pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], o
                 let state = state.as_mut_ptr().add(first);
                 let part = Part {
                     first,
+                    n,
                     state,
                     ld: dim_v,
                     out: out.add(first),
                 };
-                columns(x, head, &part, &work.scales);
+                columns(x, head, &part, tokens.start, &work.scales);
             }
         }
     }
-    WORK.set(Some(work));
+}
+
+/// Asks for a row of a later token.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch_row(row: &[f32]) {
+    for line in row.chunks(16) {
+        _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+    }
 }
 
 /// Tokens from which on copying a strip of the state pays.
@@ -104,58 +154,84 @@ impl Work {
     }
 }
 
-/// Columns of a head's state, from `first` on: rows are `ld` apart.
+/// `n` columns of a head's state, from `first` on: rows are `ld` apart.
 struct Part {
     first: usize,
+    n: usize,
     state: *mut f32,
     ld: usize,
     /// The same columns of the first token's output.
     out: *mut f32,
 }
 
-/// One strip through all tokens.
+impl Part {
+    /// The first 64 columns and the others.
+    fn halves(&self) -> (Part, Part) {
+        let at = 16 * STRIP;
+        let left = Part { n: at, ..*self };
+        let right = Part {
+            first: self.first + at,
+            n: self.n - at,
+            state: self.state.wrapping_add(at),
+            ld: self.ld,
+            out: self.out.wrapping_add(at),
+        };
+        (left, right)
+    }
+}
+
+/// One strip through the tokens from `start` on, one for each pair of scales.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn columns(x: &Inputs<'_>, head: usize, part: &Part, scales: &[(f32, f32)]) {
+unsafe fn columns(x: &Inputs<'_>, head: usize, part: &Part, start: usize, scales: &[(f32, f32)]) {
     // SAFETY: passed on.
     unsafe {
-        match x.head_dim_v - part.first {
-            1..16 => strip::<1, true>(x, head, part, scales),
-            16 => strip::<1, false>(x, head, part, scales),
-            17..32 => strip::<2, true>(x, head, part, scales),
-            32 => strip::<2, false>(x, head, part, scales),
-            33..48 => strip::<3, true>(x, head, part, scales),
-            48 => strip::<3, false>(x, head, part, scales),
-            49..64 => strip::<4, true>(x, head, part, scales),
-            _ => strip::<4, false>(x, head, part, scales),
+        match part.n {
+            1..16 => strip::<1, true>(x, head, part, start, scales),
+            16 => strip::<1, false>(x, head, part, start, scales),
+            17..32 => strip::<2, true>(x, head, part, start, scales),
+            32 => strip::<2, false>(x, head, part, start, scales),
+            33..48 => strip::<3, true>(x, head, part, start, scales),
+            48 => strip::<3, false>(x, head, part, start, scales),
+            49..64 => strip::<4, true>(x, head, part, start, scales),
+            64 => strip::<4, false>(x, head, part, start, scales),
+            65..128 => {
+                // Fewer kernels: the first half is whole, the rest a strip of its own.
+                let (left, right) = part.halves();
+                columns(x, head, &left, start, scales);
+                columns(x, head, &right, start, scales);
+            }
+            _ => strip::<WIDE_STRIP, false>(x, head, part, start, scales),
         }
     }
 }
 
-/// Columns `first..first + 16 N` of the state; with `CUT` the last vector is partly beyond it.
+/// [`columns`] in `N` vectors; with `CUT` the last one is partly beyond the strip.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn strip<const N: usize, const CUT: bool>(
     x: &Inputs<'_>,
     head: usize,
     part: &Part,
+    start: usize,
     scales: &[(f32, f32)],
 ) {
     let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
     let &Part {
         first,
+        n,
         state,
         ld,
         out,
     } = part;
     let head_k = head / (x.n_head / x.n_head_k);
     let last = if CUT {
-        (1u16 << ((dim_v - first) % 16)) - 1
+        (1u16 << (n % 16)) - 1
     } else {
         u16::MAX
     };
     let mask = |j: usize| if CUT && j == N - 1 { last } else { u16::MAX };
     let zero = _mm512_setzero_ps();
-    let mut resets = x.resets;
-    for (t, &(scale_k, scale_q)) in scales.iter().enumerate() {
+    let mut resets = &x.resets[x.resets.partition_point(|&r| r < start)..];
+    for (t, &(scale_k, scale_q)) in (start..).zip(scales) {
         let fresh = resets.first() == Some(&t);
         if fresh {
             resets = &resets[1..];
@@ -197,8 +273,8 @@ unsafe fn strip<const N: usize, const CUT: bool>(
                             break;
                         }
                         let row = state.add((i + u) * ld);
-                        if t == 0 {
-                            prefetch(row.wrapping_add(8 * ld));
+                        if t == start {
+                            prefetch::<N>(row.wrapping_add(8 * ld));
                         }
                         let k = _mm512_set1_ps(*k.add(i + u));
                         for j in 0..N {
@@ -228,7 +304,7 @@ unsafe fn strip<const N: usize, const CUT: bool>(
                     sum[j] = _mm512_fmadd_ps(q, s, sum[j]);
                 }
             }
-            let row = out.add(t * x.n_head * dim_v);
+            let row = out.add(t * x.out_stride);
             for j in 0..N {
                 let o = _mm512_mul_ps(sum[j], _mm512_set1_ps(scale_q));
                 _mm512_mask_storeu_ps(row.add(j * 16), mask(j), o);
@@ -240,8 +316,8 @@ unsafe fn strip<const N: usize, const CUT: bool>(
 /// Asks for the strip's part of a later row, which may lie anywhere.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch(row: *const f32) {
-    for line in 0..STRIP {
+fn prefetch<const N: usize>(row: *const f32) {
+    for line in 0..N {
         _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(16 * line).cast());
     }
 }
@@ -254,7 +330,7 @@ fn prefetch(row: *const f32) {
 pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     // SAFETY: passed on; the buffers have the shapes that `Product` states.
     unsafe {
-        chunk::chunked(x, head, state, out, |shape, a, b, c, _| {
+        chunk::chunked(x, head, state, out, |shape, a, b, c| {
             product(shape, a, b, c);
         });
     }
@@ -266,54 +342,37 @@ pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out
 /// `a`, `b` and `c` must have the shapes it states.
 #[target_feature(enable = "avx512f")]
 unsafe fn product(shape: &Product, a: *const f32, b: *const f32, c: *mut f32) {
+    const ROWS: usize = 8;
     for col in (0..shape.n).step_by(32) {
-        for row in (0..shape.m).step_by(8) {
-            // SAFETY: blocks within the matrices; the last may be 16 columns wide.
+        for row in (0..shape.m).step_by(ROWS) {
+            let mut sum = [[_mm512_setzero_ps(); 2]; ROWS];
+            // SAFETY: blocks within the matrices.
             unsafe {
                 let (a, b) = (a.add(row * shape.lda), b.add(col));
                 let c = c.add(row * shape.ldc + col);
-                if shape.n - col >= 32 {
-                    product_block::<2>(shape, a, b, c);
-                } else {
-                    product_block::<1>(shape, a, b, c);
+                if shape.keep != 0.0 {
+                    let keep = _mm512_set1_ps(shape.keep);
+                    for r in 0..ROWS {
+                        for j in 0..2 {
+                            let c = _mm512_loadu_ps(c.add(r * shape.ldc + j * 16));
+                            sum[r][j] = _mm512_mul_ps(c, keep);
+                        }
+                    }
                 }
-            }
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f")]
-unsafe fn product_block<const N: usize>(
-    shape: &Product,
-    a: *const f32,
-    b: *const f32,
-    c: *mut f32,
-) {
-    let mut sum = [[_mm512_setzero_ps(); N]; 8];
-    // SAFETY: 8 rows of `a` and `c`, `k` rows of `b`.
-    unsafe {
-        if shape.add {
-            for r in 0..8 {
-                for j in 0..N {
-                    sum[r][j] = _mm512_loadu_ps(c.add(r * shape.ldc + j * 16));
+                for i in 0..shape.depth(row + ROWS) {
+                    let b = b.add(i * shape.ldb);
+                    let b = [_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16))];
+                    for r in 0..ROWS {
+                        let a = _mm512_set1_ps(*a.add(r * shape.lda + i));
+                        sum[r][0] = _mm512_fmadd_ps(a, b[0], sum[r][0]);
+                        sum[r][1] = _mm512_fmadd_ps(a, b[1], sum[r][1]);
+                    }
                 }
-            }
-        }
-        for i in 0..shape.k {
-            let mut v = [_mm512_setzero_ps(); N];
-            for j in 0..N {
-                v[j] = _mm512_loadu_ps(b.add(i * shape.ldb + j * 16));
-            }
-            for r in 0..8 {
-                let a = _mm512_set1_ps(*a.add(r * shape.lda + i));
-                for j in 0..N {
-                    sum[r][j] = _mm512_fmadd_ps(a, v[j], sum[r][j]);
+                for r in 0..ROWS {
+                    for j in 0..2 {
+                        _mm512_storeu_ps(c.add(r * shape.ldc + j * 16), sum[r][j]);
+                    }
                 }
-            }
-        }
-        for r in 0..8 {
-            for j in 0..N {
-                _mm512_storeu_ps(c.add(r * shape.ldc + j * 16), sum[r][j]);
             }
         }
     }

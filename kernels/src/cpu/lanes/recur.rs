@@ -10,7 +10,7 @@ type Lanes = [f32; LANES];
 /// The recurrent form of one head: sixteen columns of the state through all tokens, then the next.
 ///
 /// # Safety
-/// `state` must be a head's, `out` its first row; rows are `n_head * head_dim_v` apart.
+/// `state` must be a head's, `out` its first row; rows are `out_stride` apart.
 pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
     let mut strip = vec![[0f32; LANES]; dim_k];
@@ -82,7 +82,7 @@ unsafe fn columns(
         let sum = sum.map(|o| o * scale_q);
         // SAFETY: row `t` of this head's output, by the caller's promise.
         unsafe {
-            let to = out.add(t * x.n_head * dim_v + first);
+            let to = out.add(t * x.out_stride + first);
             to.copy_from_nonoverlapping(sum.as_ptr(), n);
         }
     }
@@ -95,7 +95,7 @@ unsafe fn columns(
 pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     // SAFETY: passed on; the buffers have the shapes that `Product` states.
     unsafe {
-        chunk::chunked(x, head, state, out, |shape, a, b, c, _| {
+        chunk::chunked(x, head, state, out, |shape, a, b, c| {
             product(shape, a, b, c);
         });
     }
@@ -113,12 +113,13 @@ unsafe fn product(shape: &Product, a: *const f32, b: *const f32, c: *mut f32) {
             unsafe {
                 let (a, b) = (a.add(row * shape.lda), b.add(col));
                 let c = c.add(row * shape.ldc + col);
-                if shape.add {
+                if shape.keep != 0.0 {
                     for (r, sum) in sum.iter_mut().enumerate() {
-                        *sum = *c.add(r * shape.ldc).cast::<Lanes>();
+                        let c = *c.add(r * shape.ldc).cast::<Lanes>();
+                        *sum = c.map(|c| c * shape.keep);
                     }
                 }
-                for i in 0..shape.k {
+                for i in 0..shape.depth(row + 4) {
                     let b = *b.add(i * shape.ldb).cast::<Lanes>();
                     for (r, sum) in sum.iter_mut().enumerate() {
                         let a = *a.add(r * shape.lda + i);
@@ -173,6 +174,7 @@ mod tests {
                 g: &g,
                 beta: &beta,
                 resets: &[33, 64],
+                out_stride: 2 * dim_v,
             };
             let run = |f: crate::recur::RunHead| {
                 let mut state = noise(dim_k * dim_v, 6);

@@ -6,7 +6,7 @@ use crate::recur::{Inputs, Rule};
 /// One head. `state` is `[head_dim_k, head_dim_v]`.
 ///
 /// # Safety
-/// Row `t` of the head's output must be at `t * n_head * head_dim_v` after `out`.
+/// Row `t` of the head's output must be at `t * out_stride` after `out`.
 pub(crate) unsafe fn recur(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
     let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
     let head_k = head / (x.n_head / x.n_head_k);
@@ -52,7 +52,7 @@ pub(crate) unsafe fn recur(x: &Inputs<'_>, head: usize, state: &mut [f32], out: 
         }
         for (i, sum) in sum.into_iter().enumerate() {
             // SAFETY: within row `t`, by the caller's promise.
-            unsafe { *out.add(t * x.n_head * dim_v + i) = sum as f32 }
+            unsafe { *out.add(t * x.out_stride + i) = sum as f32 }
         }
     }
 }
