@@ -13,6 +13,7 @@ use crate::weights::{Loader, Weights};
 use mneme_kernels::attend::{KvType, PageLayout};
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -470,8 +471,11 @@ pub struct Sequence {
     marks: Vec<(usize, Box<dyn Memory>)>,
 }
 
-/// Marks kept per sequence; the oldest but the first goes when one more is set.
-pub const MAX_MARKS: usize = 8;
+/// Marks kept per sequence whatever they hold, and at most; the oldest but the first goes when one
+/// more is set.
+pub const MARKS: RangeInclusive<usize> = 8..=64;
+/// Between the two, as many marks as would fit these bytes if they shared nothing.
+pub const MARK_BYTES: usize = 256 << 20;
 
 impl Sequence {
     /// An empty sequence.
@@ -561,8 +565,11 @@ impl Sequence {
         if self.marks.last().is_some_and(|(at, _)| *at == n) {
             return;
         }
-        if self.marks.len() == MAX_MARKS {
-            self.marks.remove(1);
+        let stats = self.stats();
+        let held = (stats.cell_bytes + stats.state_bytes).max(1);
+        let most = (MARK_BYTES / held).clamp(*MARKS.start(), *MARKS.end());
+        if self.marks.len() >= most {
+            self.marks.drain(1..self.marks.len() + 2 - most);
         }
         self.marks.push((n, self.memory.fork()));
     }

@@ -61,6 +61,7 @@ fn main() {
         WeightType::Q8_0,
         WeightType::Q4_0,
         WeightType::Q4_K,
+        WeightType::Q5_K,
         WeightType::Q6_K,
         WeightType::F16,
         WeightType::BF16,
@@ -114,7 +115,7 @@ fn weights(ty: WeightType, n_rows: usize, n_cols: usize) -> Vec<u8> {
             WeightType::F16 => block.copy_from_slice(&scale),
             WeightType::BF16 => block.copy_from_slice(&half::bf16::from_f32(0.01).to_le_bytes()),
             WeightType::Q8_0 | WeightType::Q4_0 => block[..2].copy_from_slice(&scale),
-            WeightType::Q4_K => {
+            WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&scale);
                 block[2..4].copy_from_slice(&scale);
             }

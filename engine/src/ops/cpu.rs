@@ -118,6 +118,7 @@ pub(super) fn weight_type(ty: GgmlType) -> Option<WeightType> {
         GgmlType::Q8_0 => WeightType::Q8_0,
         GgmlType::Q4_0 => WeightType::Q4_0,
         GgmlType::Q4_K => WeightType::Q4_K,
+        GgmlType::Q5_K => WeightType::Q5_K,
         GgmlType::Q6_K => WeightType::Q6_K,
         _ => return None,
     })

@@ -3,8 +3,8 @@
 use crate::mul_mat::activations::{GROUP, Group, Quants};
 use crate::mul_mat::buffer::Buffer;
 use crate::mul_mat::layout::{
-    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR,
-    scales_offset,
+    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_K_BLOCK, Q5_K_HIGH, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES,
+    ROWS, VECTOR, scales_offset,
 };
 use crate::quant::WeightType;
 use half::f16;
@@ -55,11 +55,11 @@ pub(crate) struct Unpacked {
     pub(crate) words: [[u8; VECTOR]; 64],
     /// K types: scales of the sub-blocks.
     pub(crate) scales: [[i32; ROWS]; 16],
-    /// Q4_K: minima of sub-blocks `2i` and `2i + 1`, side by side for each row.
+    /// Q4_K, Q5_K: minima of sub-blocks `2i` and `2i + 1`, side by side for each row.
     pub(crate) mins: [[i16; 2 * ROWS]; 4],
     /// Scale of each block; K types have one block.
     pub(crate) d: [[f32; ROWS]; 8],
-    /// Q4_K: scale of the minima.
+    /// Q4_K, Q5_K: scale of the minima.
     pub(crate) dmin: [f32; ROWS],
 }
 
@@ -161,7 +161,7 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked) {
         }
     };
     for (i, b) in blocks.enumerate() {
-        if p.ty != WeightType::Q4_K {
+        if !p.ty.has_minima() {
             halves(p.scales().wrapping_add(2 * ROWS * b), &mut to.d[i]);
         }
         match p.ty {
@@ -179,6 +179,18 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked) {
             }
             WeightType::Q4_K => {
                 unpack_q4_k(p.bytes.wrapping_add(b * Q4_K_BLOCK), to, vector, halves)
+            }
+            WeightType::Q5_K => {
+                let block = p.bytes.wrapping_add(b * Q5_K_BLOCK);
+                unpack_q4_k(block, to, vector, halves);
+                for j in 0..8 {
+                    let high = vector(block.wrapping_add(Q5_K_HIGH + j * VECTOR));
+                    for s in 0..8 {
+                        for (w, h) in to.words[8 * s + j].iter_mut().zip(high) {
+                            *w |= ((h >> s) & 1) << 4;
+                        }
+                    }
+                }
             }
             _ => unpack_q6_k(p.bytes.wrapping_add(b * Q6_K_BLOCK), to, vector),
         }

@@ -5,7 +5,7 @@
 //! one AMX tile are contiguous, and no power-of-two stride sends tokens to the same cache sets.
 //! Scales and sums are `[n_blocks][width]`.
 //!
-//! A block of 32 (for Q8_0, Q4_0) or 256 (for Q4_K, Q6_K) numbers `x` becomes
+//! A block of 32 (for Q8_0, Q4_0) or 256 (for the K types) numbers `x` becomes
 //! `q = round(x * 127 / max|x|)`, ties to even, and `d = max|x| / 127`. A block with an infinity
 //! or a NaN gets `d = NaN`; one whose maximum is below 1e-36 is zero.
 

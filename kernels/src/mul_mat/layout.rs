@@ -12,6 +12,8 @@
 //! - Q4_K: per block `[32][16]` words of quants (word `8p + j`: columns `64p + 4j..` low and
 //!   `64p + 32 + 4j..` high), `[3][16]` words of 6-bit scales and minima as in the file,
 //!   `[16]` F16 `d`, `[16]` F16 `dmin`.
+//! - Q5_K: per block what Q4_K has, then `[8][16]` words of high bits as in the file: bit `s` of
+//!   word `j` belongs to columns `32s + 4j..`.
 //! - Q6_K: per block `[32][16]` words of low bits, `[16][16]` words of high bits, `[4][16]` words
 //!   of signed scales; after all blocks `[n][16]` F16 `d`.
 
@@ -24,6 +26,9 @@ pub(crate) const ROWS: usize = 16;
 pub(crate) const VECTOR: usize = 64;
 /// Q4_K block of a panel: quants, scales and minima, `d` and `dmin`.
 pub(crate) const Q4_K_BLOCK: usize = (32 + 3 + 1) * VECTOR;
+/// Q5_K block of a panel: a block of Q4_K, then the high bits.
+pub(crate) const Q5_K_BLOCK: usize = Q4_K_BLOCK + 8 * VECTOR;
+pub(crate) const Q5_K_HIGH: usize = Q4_K_BLOCK;
 /// Q6_K block of a panel without its `d`.
 pub(crate) const Q6_K_BLOCK: usize = (32 + 16 + 4) * VECTOR;
 /// Where a Q6_K block keeps its high bits, and its scales.
@@ -54,6 +59,7 @@ pub(crate) fn panel_bytes(ty: WeightType, n_cols: usize) -> Option<usize> {
         WeightType::Q8_0 => 8 * VECTOR + 2 * ROWS,
         WeightType::Q4_0 => 4 * VECTOR + 2 * ROWS,
         WeightType::Q4_K => Q4_K_BLOCK,
+        WeightType::Q5_K => Q5_K_BLOCK,
         WeightType::Q6_K => Q6_K_BLOCK + 2 * ROWS,
     };
     (n_cols / ty.block_len())
@@ -113,6 +119,14 @@ fn pack_blocks(
             words(&b[4..16], r, &mut out[Q4_K_SCALES..]);
             half_at(b, 0, r, &mut out[Q4_K_D..]);
             half_at(&b[2..], 1, r, &mut out[Q4_K_D..]);
+        }),
+        WeightType::Q5_K => blocks.for_each(|(i, b)| {
+            let out = &mut panel[i * Q5_K_BLOCK..(i + 1) * Q5_K_BLOCK];
+            words(&b[48..], r, out);
+            words(&b[4..16], r, &mut out[Q4_K_SCALES..]);
+            half_at(b, 0, r, &mut out[Q4_K_D..]);
+            half_at(&b[2..], 1, r, &mut out[Q4_K_D..]);
+            words(&b[16..48], r, &mut out[Q5_K_HIGH..]);
         }),
         WeightType::Q6_K => blocks.for_each(|(i, b)| {
             let out = &mut panel[i * Q6_K_BLOCK..];

@@ -6,12 +6,14 @@
 
 mod q4_0;
 mod q4_k;
+mod q5_k;
 mod q6_k;
 mod q8_0;
 pub mod restate;
 
 pub use q4_0::BlockQ4_0;
 pub use q4_k::BlockQ4K;
+pub use q5_k::BlockQ5K;
 pub use q6_k::BlockQ6K;
 pub use q8_0::BlockQ8_0;
 
@@ -33,19 +35,22 @@ pub enum WeightType {
     Q4_0,
     /// Blocks of 256: eight sub-blocks of 32 4-bit values with 6-bit scales and minima.
     Q4_K,
+    /// Blocks of 256: as Q4_K, with 5-bit values.
+    Q5_K,
     /// Blocks of 256: sixteen sub-blocks of 16 6-bit values with 8-bit scales, zero at 32.
     Q6_K,
 }
 
 impl WeightType {
     /// Every type, in the order of the enum; for tables and tests.
-    pub const ALL: [WeightType; 7] = [
+    pub const ALL: [WeightType; 8] = [
         WeightType::F32,
         WeightType::F16,
         WeightType::BF16,
         WeightType::Q8_0,
         WeightType::Q4_0,
         WeightType::Q4_K,
+        WeightType::Q5_K,
         WeightType::Q6_K,
     ];
 
@@ -58,6 +63,7 @@ impl WeightType {
             WeightType::Q8_0 => "Q8_0",
             WeightType::Q4_0 => "Q4_0",
             WeightType::Q4_K => "Q4_K",
+            WeightType::Q5_K => "Q5_K",
             WeightType::Q6_K => "Q6_K",
         }
     }
@@ -67,8 +73,13 @@ impl WeightType {
         match self {
             WeightType::F32 | WeightType::F16 | WeightType::BF16 => 1,
             WeightType::Q8_0 | WeightType::Q4_0 => 32,
-            WeightType::Q4_K | WeightType::Q6_K => 256,
+            WeightType::Q4_K | WeightType::Q5_K | WeightType::Q6_K => 256,
         }
+    }
+
+    /// Whether the sub-blocks have minima that are taken away: Q4_K and Q5_K.
+    pub(crate) fn has_minima(self) -> bool {
+        matches!(self, WeightType::Q4_K | WeightType::Q5_K)
     }
 
     /// Bytes per block.
@@ -79,6 +90,7 @@ impl WeightType {
             WeightType::Q8_0 => BlockQ8_0::BYTES,
             WeightType::Q4_0 => BlockQ4_0::BYTES,
             WeightType::Q4_K => BlockQ4K::BYTES,
+            WeightType::Q5_K => BlockQ5K::BYTES,
             WeightType::Q6_K => BlockQ6K::BYTES,
         }
     }
@@ -120,6 +132,7 @@ pub fn dequantize_row(ty: WeightType, bytes: &[u8], out: &mut [f32]) {
         WeightType::Q8_0 => pairs.for_each(|(b, o)| BlockQ8_0::read(b).dequantize(o)),
         WeightType::Q4_0 => pairs.for_each(|(b, o)| BlockQ4_0::read(b).dequantize(o)),
         WeightType::Q4_K => pairs.for_each(|(b, o)| BlockQ4K::read(b).dequantize(o)),
+        WeightType::Q5_K => pairs.for_each(|(b, o)| BlockQ5K::read(b).dequantize(o)),
         WeightType::Q6_K => pairs.for_each(|(b, o)| BlockQ6K::read(b).dequantize(o)),
     }
 }

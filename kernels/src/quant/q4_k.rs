@@ -25,23 +25,7 @@ impl BlockQ4K {
 
     /// Reads a block from its [`Self::BYTES`] bytes.
     pub fn read(bytes: &[u8]) -> Self {
-        // Sub-blocks 0..4 have whole bytes' low six bits; 4..8 four bits in bytes 8..12 and the
-        // two bits left over at the top of bytes 0..8.
-        let s = &bytes[4..16];
-        let scale = std::array::from_fn(|j| {
-            if j < 4 {
-                s[j] & 63
-            } else {
-                (s[j + 4] & 15) | ((s[j - 4] >> 6) << 4)
-            }
-        });
-        let min = std::array::from_fn(|j| {
-            if j < 4 {
-                s[j + 4] & 63
-            } else {
-                (s[j + 4] >> 4) | ((s[j] >> 6) << 4)
-            }
-        });
+        let (scale, min) = scales_and_minima(&bytes[4..16]);
         let qs = &bytes[16..];
         BlockQ4K {
             d: read_f16(bytes),
@@ -64,6 +48,21 @@ impl BlockQ4K {
             *o = scale * self.q[i] as f32 - min;
         }
     }
+}
+
+/// The eight scales and eight minima of six bits in 12 bytes `s`: those of sub-blocks 0..4 are the
+/// low six bits of whole bytes; those of 4..8 have four bits in bytes 8..12 and the two bits left
+/// over at the top of bytes 0..8.
+pub(super) fn scales_and_minima(s: &[u8]) -> ([u8; 8], [u8; 8]) {
+    let scale = |j: usize| match j {
+        0..4 => s[j] & 63,
+        _ => (s[j + 4] & 15) | ((s[j - 4] >> 6) << 4),
+    };
+    let min = |j: usize| match j {
+        0..4 => s[j + 4] & 63,
+        _ => (s[j + 4] >> 4) | ((s[j] >> 6) << 4),
+    };
+    (std::array::from_fn(scale), std::array::from_fn(min))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use mneme_kernels::dispatch::Isa;
 use mneme_kernels::mul_mat::{Error, Packed, WeightType, mul_mat};
 use mneme_kernels::pool::Pool;
-use mneme_kernels::quant::{BlockQ4_0, BlockQ4K, BlockQ6K, BlockQ8_0, dequantize_row};
+use mneme_kernels::quant::{BlockQ4_0, BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8_0, dequantize_row};
 use proptest::prelude::*;
 use rand::{Rng, RngExt};
 
@@ -34,7 +34,7 @@ fn weights(
                 block.copy_from_slice(&v.to_le_bytes());
             }
             WeightType::Q8_0 | WeightType::Q4_0 => block[..2].copy_from_slice(&d),
-            WeightType::Q4_K => {
+            WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&d);
                 let dmin = f16::from_f32(scale * rng.random_range(-1.0f32..1.0));
                 block[2..4].copy_from_slice(&dmin.to_le_bytes());
@@ -112,6 +112,19 @@ fn model(ty: WeightType, row: &[u8], x: &[f32]) -> f32 {
                 acc = (-(min as f32)).mul_add(b.dmin.to_f32() * dx, acc);
             }
         }
+        WeightType::Q5_K => {
+            for (b, x) in blocks {
+                let (b, (dx, q)) = (BlockQ5K::read(b), quantize(x));
+                let (mut sum, mut min) = (0, 0);
+                for (s, q) in q.chunks_exact(32).enumerate() {
+                    let w = b.q[32 * s..].iter().map(|&w| w as i32);
+                    sum += b.scale[s] as i32 * dot(w, q);
+                    min += b.min[s] as i32 * q.iter().sum::<i32>();
+                }
+                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
+                acc = (-(min as f32)).mul_add(b.dmin.to_f32() * dx, acc);
+            }
+        }
         WeightType::Q6_K => {
             for (b, x) in blocks {
                 let (b, (dx, q)) = (BlockQ6K::read(b), quantize(x));
@@ -142,14 +155,16 @@ fn bound(ty: WeightType, row: &[u8], x: &[f32]) -> f64 {
         if quantised {
             rounding += 0.501 * f64::from(max) / 127.0 * sum;
         }
-        // Q4_K adds the scaled quants and takes the minima away, each larger than the weights.
-        let largest = if ty == WeightType::Q4_K {
-            let b = BlockQ4K::read(&row[144 * i..]);
-            let min = b.min.iter().max().expect("eight").to_owned();
-            256.0 * 2.0 * f64::from(b.dmin.to_f32().abs()) * f64::from(min)
-        } else {
-            0.0
+        // These add the scaled quants and take the minima away, each larger than the weights.
+        let minima = match ty {
+            WeightType::Q4_K => Some(BlockQ4K::read(&row[144 * i..])).map(|b| (b.dmin, b.min)),
+            WeightType::Q5_K => Some(BlockQ5K::read(&row[176 * i..])).map(|b| (b.dmin, b.min)),
+            _ => None,
         };
+        let largest = minima.map_or(0.0, |(dmin, min)| {
+            let min = min.iter().max().expect("eight").to_owned();
+            256.0 * 2.0 * f64::from(dmin.to_f32().abs()) * f64::from(min)
+        });
         magnitude += f64::from(max) * (sum + largest);
     }
     let n = (x.len() / ty.block_len()) as f64 + 4.0;

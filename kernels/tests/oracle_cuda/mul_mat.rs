@@ -30,7 +30,7 @@ fn weights(
             WeightType::F16 => block.copy_from_slice(&d),
             WeightType::BF16 => block.copy_from_slice(&bf16::from_f32(number()).to_le_bytes()),
             WeightType::Q8_0 | WeightType::Q4_0 => block[..2].copy_from_slice(&d),
-            WeightType::Q4_K => {
+            WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&d);
                 block[2..4].copy_from_slice(&f16::from_f32(number()).to_le_bytes());
             }
@@ -85,7 +85,7 @@ fn check(ty: WeightType, shape: (usize, usize), w: &[u8], x: &[f32], got: &[f32]
             let largest_x = x.iter().fold(0f32, |m, x| m.max(x.abs()));
             let relative = match ty {
                 WeightType::F32 => 3.0 * 2f64.powi(-22) + n_cols as f64 * 2f64.powi(-24),
-                WeightType::F16 | WeightType::BF16 => 1.05 * 2f64.powi(-11),
+                WeightType::F16 | WeightType::BF16 | WeightType::Q5_K => 1.05 * 2f64.powi(-11),
                 _ => 4.05 * 2f64.powi(-11),
             };
             // What lies 2^-37 below a row's or a token's largest number may be lost.

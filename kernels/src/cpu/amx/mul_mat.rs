@@ -8,10 +8,12 @@
 //! `avx512::mul_mat`, so results are the same to the bit.
 
 use crate::cpu::avx512;
-use crate::cpu::avx512::mul_mat::{end, end_min, halves, load, min_sum, put, store_all};
+use crate::cpu::avx512::mul_mat::{
+    end, end_min, halves, load, min_sum, put, store_all, unpack_q4_k, unpack_q6_k,
+};
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
 use crate::mul_mat::activations::{GROUP, Group, Quants};
-use crate::mul_mat::layout::{Q4_K_BLOCK, Q6_K_BLOCK, ROWS, VECTOR};
+use crate::mul_mat::layout::{Q4_K_BLOCK, Q5_K_BLOCK, Q6_K_BLOCK, ROWS, VECTOR};
 use crate::quant::WeightType;
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -97,15 +99,16 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
             }
         } else {
             configure(&super::CONFIG);
-            let q4_k = p.ty == WeightType::Q4_K;
             for b in 0..n_blocks {
-                if q4_k {
-                    let block = p.bytes.add(b * Q4_K_BLOCK);
-                    avx512::mul_mat::unpack_q4_k(block, &mut work.unpacked);
+                let unpacked = &mut work.unpacked;
+                match p.ty {
+                    WeightType::Q4_K => unpack_q4_k::<false>(p.bytes.add(b * Q4_K_BLOCK), unpacked),
+                    WeightType::Q5_K => unpack_q4_k::<true>(p.bytes.add(b * Q5_K_BLOCK), unpacked),
+                    _ => unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked),
+                }
+                if p.ty.has_minima() {
                     split::<8, 0>(work);
                 } else {
-                    let block = p.bytes.add(b * Q6_K_BLOCK);
-                    avx512::mul_mat::unpack_q6_k(block, p.scales(), b, &mut work.unpacked);
                     split::<4, 32>(work);
                 }
                 let mut g = groups.start;
@@ -117,7 +120,7 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
                         fetch_group(&x_all.group(next), 256 * b..256 * (b + 1));
                     }
                     for (i, acc) in pair.iter_mut().enumerate() {
-                        if q4_k {
+                        if p.ty.has_minima() {
                             finish_256::<true>(work, i, b, x[i], acc);
                         } else {
                             finish_256::<false>(work, i, b, x[i], acc);
@@ -442,7 +445,7 @@ unsafe fn multiply_256(work: &mut Work, b: usize, x: &[Group]) {
 /// Adds group `i`'s products of block `b` to its sums.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn finish_256<const Q4_K: bool>(
+unsafe fn finish_256<const MINIMA: bool>(
     work: &Work,
     i: usize,
     b: usize,
@@ -462,7 +465,7 @@ unsafe fn finish_256<const Q4_K: bool>(
             let at = b * x.width + t;
             let dx = _mm512_set1_ps(*x.d.add(at));
             let mut a = end(_mm512_loadu_ps(acc.as_ptr()), sum, d, dx);
-            if Q4_K {
+            if MINIMA {
                 a = end_min(a, min_sum(&mins, x.sum32.add(8 * at)), dmin, dx);
             }
             _mm512_storeu_ps(acc.as_mut_ptr(), a);

@@ -54,14 +54,14 @@ unsafe fn tile(
         match (acc.as_chunks_mut::<TILE>().0.first_mut(), ty) {
             (Some(acc), WeightType::Q8_0) => dot32::<TILE, true>(w, blocks, x, acc),
             (Some(acc), WeightType::Q4_0) => dot32::<TILE, false>(w, blocks, x, acc),
-            (Some(acc), WeightType::Q4_K) => dot256::<TILE, true>(w, blocks.start, x, acc),
+            (Some(acc), ty) if ty.has_minima() => dot256::<TILE, true>(w, blocks.start, x, acc),
             (Some(acc), _) => dot256::<TILE, false>(w, blocks.start, x, acc),
             (None, _) => {
                 let acc = &mut acc.as_chunks_mut::<1>().0[0];
                 match ty {
                     WeightType::Q8_0 => dot32::<1, true>(w, blocks, x, acc),
                     WeightType::Q4_0 => dot32::<1, false>(w, blocks, x, acc),
-                    WeightType::Q4_K => dot256::<1, true>(w, blocks.start, x, acc),
+                    ty if ty.has_minima() => dot256::<1, true>(w, blocks.start, x, acc),
                     _ => dot256::<1, false>(w, blocks.start, x, acc),
                 }
             }
@@ -148,13 +148,13 @@ unsafe fn dot32<const T: usize, const SIGNED: bool>(
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn dot256<const T: usize, const Q4_K: bool>(
+unsafe fn dot256<const T: usize, const MINIMA: bool>(
     w: &Unpacked,
     b: usize,
     x: Group,
     acc: &mut [[f32; ROWS]; T],
 ) {
-    let words_per_sub = if Q4_K { 8 } else { 4 };
+    let words_per_sub = if MINIMA { 8 } else { 4 };
     for half in 0..2 {
         // SAFETY: as `by_chunks` promises.
         unsafe {
@@ -164,7 +164,7 @@ unsafe fn dot256<const T: usize, const Q4_K: bool>(
                 let q =
                     x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
                 let mut sums = [_mm256_setzero_si256(); T];
-                if !Q4_K {
+                if !MINIMA {
                     for t in 0..T {
                         let at = 16 * (b * x.width + t) + s;
                         sums[t] = _mm256_set1_epi32(*x.neg32.add(at));
@@ -186,7 +186,7 @@ unsafe fn dot256<const T: usize, const Q4_K: bool>(
                 let at = b * x.width + t;
                 let dx = *x.d.add(at);
                 end(&mut acc[t], half, total[t], &w.d[0], dx);
-                if Q4_K {
+                if MINIMA {
                     let mut sum = _mm256_setzero_si256();
                     for i in 0..4 {
                         let min = load(w.mins[i].as_ptr().cast(), half);

@@ -8,7 +8,8 @@
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
 use crate::mul_mat::activations::{self, GROUP, Group, Parts, Place, Quants};
 use crate::mul_mat::layout::{
-    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR, panel_bytes,
+    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_K_BLOCK, Q5_K_HIGH, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES,
+    ROWS, VECTOR, panel_bytes,
 };
 use crate::quant::WeightType;
 use std::arch::x86_64::*;
@@ -154,7 +155,8 @@ unsafe fn vector_n<const T: usize>(p: &Panel<'_>, x: Group, t: usize) {
             WeightType::Q4_0 => {
                 dot32::<T, Q4_0, true>(next, p.bytes, p.scales(), blocks, x, &mut acc);
             }
-            WeightType::Q4_K => vector_q4_k(p.bytes, blocks, x, &mut acc),
+            WeightType::Q4_K => vector_q4_k::<T, false>(p.bytes, blocks, x, &mut acc),
+            WeightType::Q5_K => vector_q4_k::<T, true>(p.bytes, blocks, x, &mut acc),
             _ => vector_q6_k(next, p.bytes, p.scales(), blocks, x, &mut acc),
         }
         for (i, acc) in acc.into_iter().enumerate() {
@@ -355,9 +357,19 @@ pub(in crate::cpu) unsafe fn min_sum(mins: &[__m512i; 4], sums: *const i16) -> _
     sum
 }
 
+/// The fifth bits of sub-block `s` of Q5_K, in their place: the file has them at bit `s` of each
+/// byte, and turning by the distance to bit 4 leaves each in its byte.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fifth_bits(high: __m512i, s: usize) -> __m512i {
+    let turn = _mm512_set1_epi32((s as i32 - 4) & 31);
+    _mm512_and_si512(_mm512_rorv_epi32(high, turn), _mm512_set1_epi8(16))
+}
+
+/// Blocks of Q4_K, or of Q5_K with its fifth bits `FIVE`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn vector_q4_k<const T: usize>(
+unsafe fn vector_q4_k<const T: usize, const FIVE: bool>(
     bytes: *const u8,
     blocks: Range<usize>,
     x: Group,
@@ -368,8 +380,13 @@ unsafe fn vector_q4_k<const T: usize>(
     for b in blocks {
         // SAFETY: in bounds by the caller's promise.
         unsafe {
-            let block = bytes.add(b * Q4_K_BLOCK);
+            let block = bytes.add(b * if FIVE { Q5_K_BLOCK } else { Q4_K_BLOCK });
             let (scales, mins) = q4_k_scales(block);
+            let mut high = [_mm512_setzero_si512(); 8];
+            if FIVE {
+                fetch(block.wrapping_add(Q5_K_HIGH), 8);
+                high = std::array::from_fn(|j| load(block.add(Q5_K_HIGH), j));
+            }
             fetch(block.wrapping_add(Q4_K_SCALES), 4);
             let mut total = [_mm512_setzero_si512(); T];
             for pair in 0..4 {
@@ -378,13 +395,18 @@ unsafe fn vector_q4_k<const T: usize>(
                 let v: [__m512i; 8] = std::array::from_fn(|j| load(words, j));
                 let scales = scales[pair / 2];
                 for half in 0..2 {
-                    let w = v.map(|v| {
+                    let w: [__m512i; 8] = std::array::from_fn(|j| {
                         let v = if half == 0 {
-                            v
+                            v[j]
                         } else {
-                            _mm512_srli_epi16(v, 4)
+                            _mm512_srli_epi16(v[j], 4)
                         };
-                        _mm512_and_si512(v, low)
+                        let w = _mm512_and_si512(v, low);
+                        if FIVE {
+                            _mm512_or_si512(w, fifth_bits(high[j], 2 * pair + half))
+                        } else {
+                            w
+                        }
                     });
                     let shift = _mm_cvtsi32_si128((pair % 2 * 16 + half * 8) as i32);
                     let scale = _mm512_and_si512(_mm512_srl_epi32(scales, shift), byte);
@@ -514,7 +536,8 @@ unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
             match p.ty {
                 WeightType::Q8_0 => {}
                 WeightType::Q4_0 => unpack_q4_0(p.bytes, blocks.clone(), unpacked),
-                WeightType::Q4_K => unpack_q4_k(p.bytes.add(b * Q4_K_BLOCK), unpacked),
+                WeightType::Q4_K => unpack_q4_k::<false>(p.bytes.add(b * Q4_K_BLOCK), unpacked),
+                WeightType::Q5_K => unpack_q4_k::<true>(p.bytes.add(b * Q5_K_BLOCK), unpacked),
                 _ => unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked),
             }
             let mut t = p.tokens.start;
@@ -558,7 +581,7 @@ unsafe fn tile_n<const T: usize>(
                 let words = words.wrapping_sub(blocks.start * 8 * VECTOR);
                 dot32::<T, UNPACKED, false>(0, words, scales, blocks, x, &mut a);
             }
-            WeightType::Q4_K => dot256::<T, true>(unpacked, blocks.start, x, &mut a),
+            ty if ty.has_minima() => dot256::<T, true>(unpacked, blocks.start, x, &mut a),
             _ => dot256::<T, false>(unpacked, blocks.start, x, &mut a),
         }
         for (acc, a) in acc.iter_mut().zip(a) {
@@ -595,7 +618,7 @@ unsafe fn unpack_q4_0(bytes: *const u8, blocks: Range<usize>, to: &mut Unpacked)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-pub(in crate::cpu) unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
+pub(in crate::cpu) unsafe fn unpack_q4_k<const FIVE: bool>(block: *const u8, to: &mut Unpacked) {
     let low = _mm512_set1_epi8(15);
     let byte = _mm512_set1_epi32(255);
     // SAFETY: a whole block by the caller's promise; every store is to a whole array.
@@ -603,9 +626,15 @@ pub(in crate::cpu) unsafe fn unpack_q4_k(block: *const u8, to: &mut Unpacked) {
         for i in 0..32 {
             let v = load(block, i);
             let at = i / 8 * 16 + i % 8;
-            put(&mut to.words[at], _mm512_and_si512(v, low));
-            let high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
-            put(&mut to.words[at + 8], high);
+            let mut words = [v, _mm512_srli_epi16(v, 4)].map(|v| _mm512_and_si512(v, low));
+            if FIVE {
+                let high = load(block.add(Q5_K_HIGH), i % 8);
+                for (half, w) in words.iter_mut().enumerate() {
+                    *w = _mm512_or_si512(*w, fifth_bits(high, i / 8 * 2 + half));
+                }
+            }
+            put(&mut to.words[at], words[0]);
+            put(&mut to.words[at + 8], words[1]);
         }
         let (scales, mins) = q4_k_scales(block);
         for s in 0..8 {
@@ -654,16 +683,16 @@ pub(in crate::cpu) unsafe fn unpack_q6_k(
     }
 }
 
-/// Adds unpacked block `b` of 256 columns for `T` tokens: Q4_K with its minima, or Q6_K.
+/// Adds unpacked block `b` of 256 columns for `T` tokens: Q4_K or Q5_K with their minima, or Q6_K.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn dot256<const T: usize, const Q4_K: bool>(
+unsafe fn dot256<const T: usize, const MINIMA: bool>(
     w: &Unpacked,
     b: usize,
     x: Group,
     acc: &mut [__m512; T],
 ) {
-    let words_per_sub = if Q4_K { 8 } else { 4 };
+    let words_per_sub = if MINIMA { 8 } else { 4 };
     // SAFETY: the group has these tokens and this block.
     unsafe {
         let mut total = [_mm512_setzero_si512(); T];
@@ -677,7 +706,7 @@ unsafe fn dot256<const T: usize, const Q4_K: bool>(
             let q =
                 x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
             for t in 0..T {
-                let mut sum = if Q4_K {
+                let mut sum = if MINIMA {
                     _mm512_setzero_si512()
                 } else {
                     _mm512_set1_epi32(*x.neg32.add(16 * (b * x.width + t) + s))
@@ -694,7 +723,7 @@ unsafe fn dot256<const T: usize, const Q4_K: bool>(
             let at = b * x.width + t;
             let dx = _mm512_set1_ps(*x.d.add(at));
             acc[t] = end(acc[t], total[t], d, dx);
-            if Q4_K {
+            if MINIMA {
                 let mins = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
                 acc[t] = end_min(acc[t], min_sum(&mins, x.sum32.add(8 * at)), dmin, dx);
             }

@@ -73,7 +73,7 @@ unsafe fn dot4(sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
     sum
 }
 
-/// Rows `4 * quarter..` of a vector of words. Quants of 4 and 6 bits are small enough to be
+/// Rows `4 * quarter..` of a vector of words. Quants of 4, 5 and 6 bits are small enough to be
 /// signed bytes as they are.
 #[inline(always)]
 unsafe fn load(words: &[u8; VECTOR], quarter: usize) -> int8x16_t {
@@ -127,8 +127,8 @@ unsafe fn dot32(
 }
 
 unsafe fn dot256(ty: WeightType, w: &Unpacked, b: usize, x: Group, acc: &mut [f32; ROWS]) {
-    let q4_k = ty == WeightType::Q4_K;
-    let words_per_sub = if q4_k { 8 } else { 4 };
+    let minima = ty.has_minima();
+    let words_per_sub = if minima { 8 } else { 4 };
     for quarter in 0..ROWS / LANES {
         // SAFETY: as `by_chunks` promises.
         unsafe {
@@ -138,7 +138,7 @@ unsafe fn dot256(ty: WeightType, w: &Unpacked, b: usize, x: Group, acc: &mut [f3
                 let first = s * words_per_sub;
                 let q =
                     x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
-                let start = if q4_k { 0 } else { *x.neg32.add(16 * at + s) };
+                let start = if minima { 0 } else { *x.neg32.add(16 * at + s) };
                 let mut sum = vdupq_n_s32(start);
                 for j in 0..words_per_sub {
                     sum = dot4(sum, load(&w.words[first + j], quarter), four(q.add(4 * j)));
@@ -148,7 +148,7 @@ unsafe fn dot256(ty: WeightType, w: &Unpacked, b: usize, x: Group, acc: &mut [f3
             }
             let dx = *x.d.add(at);
             end(acc, quarter, total, &w.d[0], dx);
-            if q4_k {
+            if minima {
                 let mut sum = [0i32; LANES];
                 for (r, sum) in sum.iter_mut().enumerate() {
                     for s in 0..8 {

@@ -54,7 +54,8 @@ impl Kind {
     pub(super) fn of(ty: WeightType) -> Kind {
         match ty {
             WeightType::F32 => Kind::F32,
-            WeightType::F16 | WeightType::BF16 => Kind::F16,
+            // Q5_K has no kernel on a card: its numbers are rounded to F16.
+            WeightType::F16 | WeightType::BF16 | WeightType::Q5_K => Kind::F16,
             WeightType::Q8_0 => Kind::Q8_0,
             WeightType::Q4_0 => Kind::Q4_0,
             WeightType::Q4_K => Kind::Q4K,
@@ -154,7 +155,7 @@ fn pack_row(ty: WeightType, n_cols: usize, row: &[u8], r: usize, panel: &mut [u8
     };
     let blocks = row.chunks_exact(ty.block_bytes());
     match ty {
-        WeightType::F32 | WeightType::F16 | WeightType::BF16 => {
+        WeightType::F32 | WeightType::F16 | WeightType::BF16 | WeightType::Q5_K => {
             let mut numbers = vec![0f32; n_cols];
             dequantize_row(ty, row, &mut numbers);
             let largest = numbers.iter().fold(0f32, |m, x| m.max(x.abs()));
