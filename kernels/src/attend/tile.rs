@@ -116,6 +116,10 @@ pub(crate) struct Tile {
     /// Room for integer weights, `[row][2][64]` bytes, for whole groups of `ROWS` rows.
     pub(crate) w16: Vec<u8>,
     /// Room for tiles of integer sums.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "only the form on AMX has such tiles")
+    )]
     pub(crate) sums: Buffer,
     /// Merged partitions: `[row]`, `[row]`, `[row][dim_v]`.
     total_m: Vec<f32>,
