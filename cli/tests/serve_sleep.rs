@@ -29,8 +29,12 @@ fn counter(server: &Server, name: &str) -> f64 {
 #[test]
 fn a_server_that_nobody_uses_lets_its_model_go() {
     let flags = ["-c", "256", "-np", "2", "--metrics", "--alias", "tiny"];
-    let server = Server::start("qwen2-tiny", &[&flags[..], &["--sleep-idle-seconds", "1"]].concat());
-    let body = json!({"prompt": [5, 6, 7], "n_predict": 8, "temperature": 0, "return_tokens": true});
+    let server = Server::start(
+        "qwen2-tiny",
+        &[&flags[..], &["--sleep-idle-seconds", "1"]].concat(),
+    );
+    let body =
+        json!({"prompt": [5, 6, 7], "n_predict": 8, "temperature": 0, "return_tokens": true});
     let before = server.post("/completion", &body).ok();
     assert_eq!(counter(&server, "tokens_predicted_total"), 8.0);
     let props = server.get("/props").ok();
@@ -59,7 +63,10 @@ fn a_server_that_nobody_uses_lets_its_model_go() {
         let asked: Vec<_> = (0..4)
             .map(|_| scope.spawn(|| server.post("/completion", &body).ok()))
             .collect();
-        asked.into_iter().map(|t| t.join().expect("an answer")).collect()
+        asked
+            .into_iter()
+            .map(|t| t.join().expect("an answer"))
+            .collect()
     });
     for reply in &replies {
         assert_eq!(reply["tokens"], before["tokens"]);
@@ -79,7 +86,10 @@ fn a_server_that_cannot_wake_says_why_and_tries_again() {
     let dir = tempfile::tempdir().expect("a folder");
     let (path, aside) = (dir.path().join("model.gguf"), dir.path().join("aside"));
     std::fs::copy(model("qwen2-tiny"), &path).expect("a copy");
-    let server = Server::launch(&path, &["-c", "64", "-np", "1", "--sleep-idle-seconds", "1"]);
+    let server = Server::launch(
+        &path,
+        &["-c", "64", "-np", "1", "--sleep-idle-seconds", "1"],
+    );
     let deadline = Instant::now() + Duration::from_secs(60);
     while server.get("/health").status != 200 {
         assert!(Instant::now() < deadline, "the server never became ready");
@@ -89,7 +99,10 @@ fn a_server_that_cannot_wake_says_why_and_tries_again() {
     std::fs::rename(&path, &aside).expect("moved");
     let body = json!({"content": "hello"});
     let (kind, message) = server.post("/tokenize", &body).error(500);
-    assert!(kind == "server_error" && message.contains("model.gguf"), "{message}");
+    assert!(
+        kind == "server_error" && message.contains("model.gguf"),
+        "{message}"
+    );
     assert!(is_sleeping(&server));
     std::fs::rename(&aside, &path).expect("moved back");
     server.post("/tokenize", &body).ok();
@@ -109,18 +122,24 @@ fn instances_are_requests_of_other_routes() {
         "@requestFormat": "chatCompletions", "max_tokens": 4, "stream": true,
         "messages": [{"role": "user", "content": "hello"}],
     });
-    let reply = server.post("/ask", &json!({"instances": [
-        chat,
-        {"@requestFormat": "/tokenize", "content": "hello"},
-        {"@requestFormat": "no such"},
-        {"@requestFormat": "detokenize", "tokens": "wrong"},
-        7,
-    ]}));
+    let reply = server.post(
+        "/ask",
+        &json!({"instances": [
+            chat,
+            {"@requestFormat": "/tokenize", "content": "hello"},
+            {"@requestFormat": "no such"},
+            {"@requestFormat": "detokenize", "tokens": "wrong"},
+            7,
+        ]}),
+    );
     let reply = reply.ok();
     let all = reply["predictions"].as_array().expect("a list");
     assert_eq!(all.len(), 5);
     assert_eq!(all[0]["choices"][0]["message"]["role"], "assistant");
-    assert_eq!(all[1]["tokens"], server.post("/tokenize", &json!({"content": "hello"})).ok()["tokens"]);
+    assert_eq!(
+        all[1]["tokens"],
+        server.post("/tokenize", &json!({"content": "hello"})).ok()["tokens"]
+    );
     for wrong in &all[2..] {
         assert_eq!(wrong["error"]["code"], 400, "{wrong}");
     }
@@ -132,5 +151,7 @@ fn instances_are_requests_of_other_routes() {
     let plain = Server::start("qwen2-tiny", &["-c", "64", "-np", "1"]);
     plain.post("/predict", &json!({"instances": []})).error(404);
     plain.get("/cors-proxy?url=http://127.0.0.1/").error(403);
-    plain.post("/tools", &json!({"tool": "read_file"})).error(403);
+    plain
+        .post("/tools", &json!({"tool": "read_file"}))
+        .error(403);
 }

@@ -115,7 +115,9 @@ impl Front {
                         let _ = e.chain().for_each(|e| tracing::warn!("waking: {e}"));
                         ApiError::server(format!("loading the model again: {e:#}"))
                     })?;
-                    front.used()?.ok_or_else(|| ApiError::unavailable("Loading model"))
+                    front
+                        .used()?
+                        .ok_or_else(|| ApiError::unavailable("Loading model"))
                 }
             }
         });
@@ -183,7 +185,12 @@ impl Front {
             };
             let models = openai::model_list(&app);
             drop(app);
-            let notes = Notes { props, models, totals, slots };
+            let notes = Notes {
+                props,
+                models,
+                totals,
+                slots,
+            };
             self.sleep(since, notes).await;
         }
     }

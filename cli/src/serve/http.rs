@@ -119,7 +119,9 @@ pub fn router(front: &Arc<Front>) -> Router {
             "GET" => (MethodFilter::GET, false),
             _ => (MethodFilter::POST, true),
         };
-        let answer = move |State(front): State<Arc<Front>>, params: RawPathParams, request: Request| async move {
+        let answer = move |State(front): State<Arc<Front>>,
+                           params: RawPathParams,
+                           request: Request| async move {
             match run(&front, handler, has_body, &params, request).await {
                 Ok(response) => response,
                 Err(e) => e.into_response(),

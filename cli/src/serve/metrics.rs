@@ -39,7 +39,10 @@ pub async fn metrics(front: Arc<Front>, _: Call) -> ApiResult<Response> {
         ));
     }
     let (t, slots) = match front.present()? {
-        Present::Awake(app) => (app.ask(Command::Totals).await?, app.ask(Command::Slots).await?),
+        Present::Awake(app) => (
+            app.ask(Command::Totals).await?,
+            app.ask(Command::Slots).await?,
+        ),
         Present::Asleep(notes) => (notes.totals.clone(), notes.slots.clone()),
     };
     let before = {
