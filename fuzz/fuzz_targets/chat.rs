@@ -8,7 +8,11 @@ use serde_json::json;
 
 fuzz_target!(|source: &str| {
     // Doubling a string needs a loop and a concatenation: outside what rendering can bound.
-    if source.contains('~') || source.contains('+') || source.contains("join") || source.contains("replace") {
+    if source.contains('~')
+        || source.contains('+')
+        || source.contains("join")
+        || source.contains("replace")
+    {
         let _ = ChatTemplate::new(source);
         return;
     }

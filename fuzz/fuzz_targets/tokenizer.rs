@@ -21,7 +21,15 @@ static BPE: LazyLock<Tokenizer> = LazyLock::new(|| {
         };
         texts.push(c.to_string());
     }
-    let merges = ["t h", "th e", "\u{120} t", "\u{120}t he", "1 2", "a a", "aa aa"];
+    let merges = [
+        "t h",
+        "th e",
+        "\u{120} t",
+        "\u{120}t he",
+        "1 2",
+        "a a",
+        "aa aa",
+    ];
     for merge in merges {
         texts.push(merge.replace(' ', ""));
     }
@@ -38,7 +46,15 @@ static SPM: LazyLock<Tokenizer> = LazyLock::new(|| {
         texts.push(format!("<0x{b:02X}>"));
         types.push(6);
     }
-    for text in ["\u{2581}", "a", "b", "\u{2581}a", "ab", "\u{2581}\u{2581}", "b\u{2581}"] {
+    for text in [
+        "\u{2581}",
+        "a",
+        "b",
+        "\u{2581}a",
+        "ab",
+        "\u{2581}\u{2581}",
+        "b\u{2581}",
+    ] {
         texts.push(text.into());
         types.push(1);
     }

@@ -112,7 +112,7 @@ impl Front {
                 Some(app) => Ok(app),
                 None => {
                     front.load().await.map_err(|e| {
-                        e.chain().for_each(|e| tracing::warn!("waking: {e}"));
+                        tracing::warn!("waking: {e:#}");
                         ApiError::server(format!("loading the model again: {e:#}"))
                     })?;
                     front

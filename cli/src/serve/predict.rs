@@ -74,7 +74,7 @@ async fn instance(app: Arc<App>, one: &Value) -> ApiResult<Value> {
     let fits = |path: &&str| !path.contains('{') && (*path == name || format_name(path) == name);
     let route = ROUTES
         .iter()
-        .find(|r| r.method == "POST" && r.paths.iter().any(&fits));
+        .find(|r| r.method == "POST" && r.paths.iter().any(fits));
     let Some(Handler::Model(handler)) = route.map(|r| r.handler) else {
         return Err(ApiError::invalid(format!(
             "\"@requestFormat\": no route is called {name}"
