@@ -180,7 +180,7 @@ pub fn run(args: &Args) -> Result<()> {
     let prompt_seconds = start.elapsed().as_secs_f64();
     let answer = speaker.answer(logits, &limits, &mut show)?;
     let pending = speaker.pending;
-    if !args.json && !answer.text.ends_with('\n') {
+    if !args.json && args.n_predict != 0 && !answer.text.ends_with('\n') {
         show("\n")?;
     }
     if let Some(path) = &args.session {
