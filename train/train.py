@@ -254,8 +254,8 @@ def parameter_groups(model, run, stage):
 
 
 def learning_rate(run, step):
-    """Linear warm-up, constant, and linear to a twentieth over the last quarter: `steps` may grow without a new start."""
-    warm, last = run.get("warmup", 30), run["steps"] // 4
+    """Linear warm-up, constant, and linear to a twentieth over the last share `cool`: `steps` may grow without a new start."""
+    warm, last = run.get("warmup", 30), int(run["steps"] * run.get("cool", 0.25))
     down = (step - (run["steps"] - last)) / max(1, last)
     return run["lr"] * min(1.0, (step + 1) / warm) * (1.0 - 0.95 * max(0.0, down))
 
@@ -369,6 +369,7 @@ def train(stage, toml, stop=None, overrides=()):
     levels = run["levels"] if "levels" in run else settings["levels"]
     if isinstance(levels, str):  # those of another experiment
         levels = tomllib.loads((here / levels).read_text())["levels"]
+    mixed = "weight" in levels[0]
     copies = run.get("copies", 1)
     rows, average, began = [], {}, time.time()
     curve = out / "curve.jsonl"
@@ -382,9 +383,12 @@ def train(stage, toml, stop=None, overrides=()):
         cool = run.get("entropy_end", run.get("entropy", 0.0))
         temperature = run.get("entropy", 0.0) + (cool - run.get("entropy", 0.0)) * step / run["steps"]
         generator = torch.Generator().manual_seed(hash((run["seed"], step, rank)) & 0x7FFFFFFF)
-        # Now and then an earlier level, so that nothing is forgotten.
+        # Now and then an earlier level, so that nothing is forgotten; or all levels at once by their weights.
         pick = random.Random(f"{run['seed']}:level:{step}")
-        level = state["level"] if state["level"] == 0 or pick.random() < 0.85 else pick.randrange(state["level"])
+        if mixed:
+            level, = pick.choices(range(len(levels)), [one["weight"] for one in levels])
+        else:
+            level = state["level"] if state["level"] == 0 or pick.random() < 0.85 else pick.randrange(state["level"])
         for micro in range(run.get("accumulate", 1)):
             n = levels[level].get(f"batch_{stage}", run["batch"])
             batch = batches.draw(step * run.get("accumulate", 1) + micro, rank, levels[level], n, stage, copies)
@@ -398,7 +402,7 @@ def train(stage, toml, stop=None, overrides=()):
         state["seen"] += 1
         if level == state["level"]:
             state["accuracy"] = 0.93 * state["accuracy"] + 0.07 * stats["answer"]
-        if state["accuracy"] > levels[state["level"]].get("advance", 0.85) and state["seen"] > 30 and state["level"] + 1 < len(levels):
+        if not mixed and state["accuracy"] > levels[state["level"]].get("advance", 0.85) and state["seen"] > 30 and state["level"] + 1 < len(levels):
             state.update(level=state["level"] + 1, seen=0, accuracy=0.0)
         for k, v in stats.items():
             if v == v:
