@@ -14,6 +14,8 @@ run --task single --length 2k --facts 56 --questions 8 -n 64 --equal-bytes --plo
     --arm nodes --arm nodes:decider=sentence --arm nodes:decider=stride --arm nodes:decider=random --arm window
 # All tasks with learned cuts.
 run --task single,multi_key,update,multi_query,multi_value,tracking,aggregation --length 1k --facts 12 -n 48 --arm nodes
+# Chinese.
+run --task single,update,multi_query --lang zh --length 512 --facts 12 -n 24 --arm nodes --arm nodes:decider=sentence
 # tau as a dial.
 run --task single --length 1k --facts 24 --questions 8 -n 24 --arm nodes \
     --sweep tau=0.0005,0.001,0.003,0.01,0.05,0.2,0.5,0.8,0.9,0.95

@@ -189,68 +189,6 @@ def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=E
     return Record(sentences, questions, task, chinese)
 
 
-def drill(rng, task, n_facts, n_filler, n_questions, most=4, terse=1.0, ordinal=0.0):
-    """Exercises for the trainer only.
-
-    `pairs` tells bare pairs of words of any two lists three times over, so that every word is a key here and a value
-    there. The others are multi_value, aggregation and tracking where a key gets one to `most` values in turn.
-
-    `terse` is the share of statements and of questions in the bare form of a list ("Anna lamp."). In the share
-    `ordinal` of the texts bare statements also tell the how-manyeth of its key each one is ("Anna rope two."), a word
-    that follows from what was read and is a target.
-    """
-    if task == "pairs":
-        keys, values = rng.choice(("person", "thing", "event")), rng.choice(("thing", "thing", "person"))
-        words = rng.sample(LISTS[keys], n_facts)
-        told = dict(zip(words, rng.sample([w for w in LISTS[values] if w not in words], n_facts)))
-        order = [(w, known) for known in (False, True, True) for w in rng.sample(words, n_facts)]
-        facts = [statement(RECORDS["terse"]["fact"], known, key=w, value=told[w]) for w, known in order]
-        asked = [(RECORDS["terse"]["question"].format(key=w), told[w]) for w in rng.choices(words, k=n_questions)]
-        return Record(spread(rng, facts, [filler(rng) for _ in range(n_filler)]), asked, task)
-    own, track = RECORDS["own"], RECORDS["track"]
-    lists = task != "tracking"
-    keys, values = (own["owner"], own["thing"]) if lists else (track["thing"], track["holder"])
-    numbers = LISTS[own["count"]]
-    told, steps, n = {}, [], 0
-    pool = rng.sample(LISTS[values], len(LISTS[values])) if lists else None  # a thing is bought once
-    for key in rng.sample(LISTS[keys], len(LISTS[keys])):
-        if n >= n_facts:
-            break
-        m = min(rng.randint(1, most), n_facts - n)
-        n += m
-        told[key] = pool[n - m:n] if lists else rng.sample(LISTS[values], m)
-        steps.append([(key, i) for i in range(m)])
-    counted = rng.random() < ordinal
-    facts = []
-    while any(steps):
-        key, i = rng.choice([s for s in steps if s]).pop(0)
-        value = told[key][i]
-        if rng.random() < terse:
-            if counted:
-                facts.append(statement("{key} {value} {count}.", True, key=key, value=value, count=numbers[i]))
-            else:
-                facts.append(statement(RECORDS["terse"]["fact"], key=key, value=value))
-        elif lists:
-            facts.append(statement(rng.choice(own["fact"]), owner=key, thing=value))
-        elif i == 0:
-            facts.append(statement(rng.choice(track["start"]), holder=value, thing=key))
-        else:
-            facts.append(statement(rng.choice(track["step"]), holder=told[key][i - 1], thing=key, next=value))
-    questions = []
-    for _ in range(n_questions):
-        key = rng.choice(list(told))
-        bare = rng.random() < terse
-        if task == "aggregation":
-            questions.append((rng.choice(own["count_question"]).format(owner=key), numbers[len(told[key]) - 1]))
-        elif lists:
-            q = RECORDS["terse"]["question"].format(key=key) if bare else rng.choice(own["list_question"]).format(owner=key)
-            questions.append((q, RECORDS["answer"]["join"].join(told[key])))
-        else:
-            q = RECORDS["terse"]["question"].format(key=key) if bare else rng.choice(track["question"]).format(thing=key)
-            questions.append((q, told[key][-1]))
-    return Record(spread(rng, facts, [filler(rng) for _ in range(n_filler)]), questions, task)
-
-
 class Encoder:
     """Records to token ids with loss weights, sentence by sentence (the tokenizer never merges across them)."""
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import CHINESE, DISJOINT, ENGLISH, Encoder, drill, record
+from data import CHINESE, DISJOINT, ENGLISH, Encoder, record
 from model import Mneme
 
 BUCKET = 4
@@ -45,9 +45,6 @@ def draw_record(rng, level):
     if rng.random() < level.get("one_relation", 0.0):  # many facts of a kind: only the key tells them apart
         relations = (rng.choice(relations),)
     facts, extra = (rng.randint(*level[k]) for k in ("facts", "filler"))
-    if task.startswith("drill_"):
-        return drill(rng, task.removeprefix("drill_"), facts, extra, level.get("questions", 4), level.get("most", 4),
-                     level.get("terse", 1.0), level.get("ordinal", 0.0))
     if task in ("own", "track"):
         return record(rng, "single", facts, extra, level.get("questions", 4), (task,), 1.0, level.get("terse", 0.5))
     return record(rng, "single" if task == "repeat" else task, facts, extra, level.get("questions", 4), relations,
@@ -164,9 +161,6 @@ class Step(nn.Module):
     def __init__(self, model, run, stage):
         super().__init__()
         self.net, self.run, self.stage = model, run, stage
-        self.elder = []  # a list, so that it is no submodule
-        if run.get("elder"):
-            self.elder.append(Mneme.load(run["elder"]).requires_grad_(False))
 
     def forward(self, batch, generator, copies, temperature=0.0, opened=False):
         """Loss and statistics; `copies` of each text stand next to each other, `temperature` weighs the entropy of cuts,
@@ -190,7 +184,7 @@ class Step(nn.Module):
                 policy = logit, free
             elif imitate and net.m["kind"] == "nodes":
                 h = net.mem.trunk(net.model.embed_tokens(ids))
-                said = net.mem.decide(h if self.elder else h.detach())
+                said = net.mem.decide(h.detach())
             # The answers all count; of the rest a share, at a weight that keeps its sum.
             share = run.get("share_other", 0.25)
             keep = (weights >= 0.5) | ((weights > 0) & (torch.rand(weights.shape, generator=generator).to(ids.device) < share))
@@ -201,16 +195,9 @@ class Step(nn.Module):
         nll = F.cross_entropy(logits, ids[b, t], reduction="none")
         w = torch.where(weights[b, t] >= 0.5, weights[b, t], weights[b, t] / share)
         loss = (nll * w).sum() / weights.ge(0.5).sum().clamp(min=1)
-        if policy is None and h is not None:  # the decider learns the rules' cuts, so that reinforcement begins near them,
-            # or stays where an elder model's decider is while the trunk moves
+        if policy is None and h is not None:  # the decider learns the rules' cuts, so that reinforcement begins near them
             real = (ids != run["pad"]) & cut.any(1, keepdim=True)
-            if self.elder:
-                with torch.no_grad(), amp:
-                    elder = self.elder[0]
-                    target = elder.mem.decide(elder.mem.trunk(elder.model.embed_tokens(ids)))
-                miss = (said - target).clamp(-8.0, 8.0).square()
-            else:
-                miss = F.binary_cross_entropy_with_logits(said, cut.float(), reduction="none")
+            miss = F.binary_cross_entropy_with_logits(said, cut.float(), reduction="none")
             loss = loss + imitate * (miss * real).sum() / real.sum().clamp(min=1)
         if made is not None:
             loss = loss + run["reconstruct"] * net.reconstruct(ids, cut, made)
@@ -267,8 +254,8 @@ def parameter_groups(model, run, stage):
 
 
 def learning_rate(run, step):
-    """Linear warm-up, constant, and linear to a twentieth over the last quarter: `steps` may grow without a new start."""
-    warm, last = run.get("warmup", 30), run["steps"] // 4
+    """Linear warm-up, constant, and linear to a twentieth over the last share `cool`: `steps` may grow without a new start."""
+    warm, last = run.get("warmup", 30), int(run["steps"] * run.get("cool", 0.25))
     down = (step - (run["steps"] - last)) / max(1, last)
     return run["lr"] * min(1.0, (step + 1) / warm) * (1.0 - 0.95 * max(0.0, down))
 
@@ -382,6 +369,7 @@ def train(stage, toml, stop=None, overrides=()):
     levels = run["levels"] if "levels" in run else settings["levels"]
     if isinstance(levels, str):  # those of another experiment
         levels = tomllib.loads((here / levels).read_text())["levels"]
+    mixed = "weight" in levels[0]
     copies = run.get("copies", 1)
     rows, average, began = [], {}, time.time()
     curve = out / "curve.jsonl"
@@ -395,9 +383,12 @@ def train(stage, toml, stop=None, overrides=()):
         cool = run.get("entropy_end", run.get("entropy", 0.0))
         temperature = run.get("entropy", 0.0) + (cool - run.get("entropy", 0.0)) * step / run["steps"]
         generator = torch.Generator().manual_seed(hash((run["seed"], step, rank)) & 0x7FFFFFFF)
-        # Now and then an earlier level, so that nothing is forgotten.
+        # Now and then an earlier level, so that nothing is forgotten; or all levels at once by their weights.
         pick = random.Random(f"{run['seed']}:level:{step}")
-        level = state["level"] if state["level"] == 0 or pick.random() < 0.85 else pick.randrange(state["level"])
+        if mixed:
+            level, = pick.choices(range(len(levels)), [one["weight"] for one in levels])
+        else:
+            level = state["level"] if state["level"] == 0 or pick.random() < 0.85 else pick.randrange(state["level"])
         for micro in range(run.get("accumulate", 1)):
             n = levels[level].get(f"batch_{stage}", run["batch"])
             batch = batches.draw(step * run.get("accumulate", 1) + micro, rank, levels[level], n, stage, copies)
@@ -411,7 +402,7 @@ def train(stage, toml, stop=None, overrides=()):
         state["seen"] += 1
         if level == state["level"]:
             state["accuracy"] = 0.93 * state["accuracy"] + 0.07 * stats["answer"]
-        if state["accuracy"] > levels[state["level"]].get("advance", 0.85) and state["seen"] > 30 and state["level"] + 1 < len(levels):
+        if not mixed and state["accuracy"] > levels[state["level"]].get("advance", 0.85) and state["seen"] > 30 and state["level"] + 1 < len(levels):
             state.update(level=state["level"] + 1, seen=0, accuracy=0.0)
         for k, v in stats.items():
             if v == v:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import roles
 import train as trainer
-from data import CHINESE, ENGLISH, TASKS, Encoder, drill, part_sentences, record
+from data import CHINESE, ENGLISH, TASKS, Encoder, part_sentences, record
 from evaluate import Reader, wilson
 from model import Mneme
 
@@ -134,24 +135,15 @@ def test_no_token_leads_over_a_chinese_full_stop():
     assert json.loads(part_sentences(json.dumps(bad))) == json.loads(file)
 
 
-@pytest.mark.parametrize("task", ("pairs", "multi_value", "aggregation", "tracking"))
-def test_drills_answer_from_what_they_tell(task):
-    for seed in range(20):
-        rng = random.Random(seed)
-        r = drill(rng, task, 6, 2, 4, 3, terse=1.0, ordinal=0.5)
-        told = {}
-        for s in r.statements:
-            words = s.text.rstrip(".").split(" ")
-            if s.kind == "fact" and s.known and task == "pairs":
-                assert told[words[0]] == [words[1]]
-            elif s.kind == "fact":
-                told.setdefault(words[0], []).append(words[1])
-                if s.known:  # an ordinal
-                    assert words[2] == ["one", "two", "three"][len(told[words[0]]) - 1]
-        for question, answer in r.questions:
-            key = question.rstrip("?").split(" ")[-1 if task != "aggregation" else -2]
-            values = told[key]
-            assert answer == {"multi_value": " and ".join(values), "aggregation": ["one", "two", "three"][len(values) - 1]}.get(task, values[-1])
+def test_roles_are_taught_to_the_compressor_alone(tmp_path):
+    trainer.train("compressor", settings(tmp_path), stop=1)
+    elder = tmp_path / "out" / "compressor" / "export"
+    first, _ = roles.train(elder, tmp_path / "roles", 1, batch=4)
+    last, _ = roles.train(elder, tmp_path / "roles", 60, batch=4)
+    assert last < 0.7 * first
+    before, after = Mneme.load(elder), torch.load(tmp_path / "roles" / "last.pt", weights_only=False)["model"]
+    for name, p in before.named_parameters():
+        assert torch.equal(p, after[name]) != (name.startswith("mem.") and not name.startswith("mem.decider")), name
 
 
 @pytest.mark.parametrize("name", ("nodes-linear", "nodes-skip-compact", "nodes-qwen3"))
