@@ -24,6 +24,7 @@ static BPE: LazyLock<Tokenizer> = LazyLock::new(|| {
     let merges = [
         "t h",
         "th e",
+        "h e",
         "\u{120} t",
         "\u{120}t he",
         "1 2",
