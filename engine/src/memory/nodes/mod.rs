@@ -684,7 +684,7 @@ impl Memory for Nodes {
         self.state = next.state;
         let first_seen = self.first_seen();
         self.store.release_raw(first_seen, |_| true);
-        self.keep_checkpoint(rewind::SPACING);
+        self.keep_checkpoint();
         n_tokens
     }
 
@@ -827,7 +827,9 @@ impl Memory for Nodes {
                 for checkpoint in &mut self.checkpoints {
                     Arc::make_mut(checkpoint).control = control;
                 }
-                self.keep_checkpoint(1);
+                if self.state.n_tokens > 0 {
+                    self.push_checkpoint();
+                }
             }
             "target_rate" => return Err(format!("target_rate {value} is not positive")),
             _ => {

@@ -12,8 +12,11 @@ use crate::session::{Decoder, Encoder};
 use std::io;
 use std::sync::Arc;
 
-/// Tokens between two checkpoints, and tokens of the trunk to run forward at most, but for a pass.
-pub(super) const SPACING: usize = 1024;
+/// Tokens between two checkpoints at least. The trunk reads as many in a fraction of a second; a
+/// checkpoint takes as much as some nodes.
+const SPACING: usize = 16384;
+/// Checkpoints kept: past it every other one goes, and those to come stand twice as far apart.
+const MOST: usize = 4;
 /// Tokens run forward at a time.
 const STRIDE: usize = 512;
 
@@ -29,11 +32,26 @@ impl Nodes {
         size_of::<State>() + self.state.trunk.bytes() + self.tensors().width * size_of::<f32>()
     }
 
-    /// Keeps the present state if it is `spacing` tokens from the last one kept.
-    pub(super) fn keep_checkpoint(&mut self, spacing: usize) {
-        let before = self.checkpoints.last().map_or(0, |c| c.n_tokens);
-        if !self.can_rewind() || self.state.n_tokens < before + spacing {
+    /// Keeps the present state if it is far enough from the last one kept.
+    pub(super) fn keep_checkpoint(&mut self) {
+        let at = |c: Option<&Arc<State>>| c.map_or(0, |c| c.n_tokens);
+        let spacing = at(self.checkpoints.first()).max(SPACING);
+        if self.state.n_tokens >= at(self.checkpoints.last()) + spacing {
+            self.push_checkpoint();
+        }
+    }
+
+    /// Keeps the present state, where tokens can be taken back at all.
+    pub(super) fn push_checkpoint(&mut self) {
+        if !self.can_rewind() {
             return;
+        }
+        if self.checkpoints.len() == MOST {
+            let mut nth = 0;
+            self.checkpoints.retain(|_| {
+                nth += 1;
+                nth % 2 == 0
+            });
         }
         // The active memory is empty at every cut: it need not be kept.
         let active = std::mem::take(&mut self.state.active);
