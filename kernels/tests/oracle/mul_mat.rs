@@ -99,30 +99,24 @@ fn model(ty: WeightType, row: &[u8], x: &[f32]) -> f32 {
                 acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
             }
         }
-        WeightType::Q4_K => {
+        WeightType::Q4_K | WeightType::Q5_K => {
             for (b, x) in blocks {
-                let (b, (dx, q)) = (BlockQ4K::read(b), quantize(x));
+                let (dx, q) = quantize(x);
+                let (d, dmin, scale, mins, w) = if ty == WeightType::Q4_K {
+                    let b = BlockQ4K::read(b);
+                    (b.d, b.dmin, b.scale, b.min, b.q)
+                } else {
+                    let b = BlockQ5K::read(b);
+                    (b.d, b.dmin, b.scale, b.min, b.q)
+                };
                 let (mut sum, mut min) = (0, 0);
                 for (s, q) in q.chunks_exact(32).enumerate() {
-                    let w = b.q[32 * s..].iter().map(|&w| w as i32);
-                    sum += b.scale[s] as i32 * dot(w, q);
-                    min += b.min[s] as i32 * q.iter().sum::<i32>();
+                    let w = w[32 * s..].iter().map(|&w| w as i32);
+                    sum += scale[s] as i32 * dot(w, q);
+                    min += mins[s] as i32 * q.iter().sum::<i32>();
                 }
-                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
-                acc = (-(min as f32)).mul_add(b.dmin.to_f32() * dx, acc);
-            }
-        }
-        WeightType::Q5_K => {
-            for (b, x) in blocks {
-                let (b, (dx, q)) = (BlockQ5K::read(b), quantize(x));
-                let (mut sum, mut min) = (0, 0);
-                for (s, q) in q.chunks_exact(32).enumerate() {
-                    let w = b.q[32 * s..].iter().map(|&w| w as i32);
-                    sum += b.scale[s] as i32 * dot(w, q);
-                    min += b.min[s] as i32 * q.iter().sum::<i32>();
-                }
-                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
-                acc = (-(min as f32)).mul_add(b.dmin.to_f32() * dx, acc);
+                acc = (sum as f32).mul_add(d.to_f32() * dx, acc);
+                acc = (-(min as f32)).mul_add(dmin.to_f32() * dx, acc);
             }
         }
         WeightType::Q6_K => {

@@ -56,6 +56,9 @@ pub(crate) unsafe fn invert(blocks: usize, l: &[f32; CHUNK * CHUNK], t: &mut [f3
 }
 
 /// `sum += a b` for blocks of 16 x 16.
+///
+/// # Safety
+/// The instruction set must be there; pointers must reach over their blocks.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn add_product(

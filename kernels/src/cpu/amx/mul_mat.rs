@@ -443,6 +443,9 @@ unsafe fn multiply_256(work: &mut Work, b: usize, x: &[Group]) {
 }
 
 /// Adds group `i`'s products of block `b` to its sums.
+///
+/// # Safety
+/// The instruction set must be there; `b` must be a block of the group.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn finish_256<const MINIMA: bool>(

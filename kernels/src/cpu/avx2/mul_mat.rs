@@ -146,6 +146,10 @@ unsafe fn dot32<const T: usize, const SIGNED: bool>(
     }
 }
 
+/// Adds block `b` of 256 columns for `T` tokens.
+///
+/// # Safety
+/// The instruction set must be there; the block must be one of panel and tokens.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn dot256<const T: usize, const MINIMA: bool>(

@@ -367,6 +367,9 @@ fn fifth_bits(high: __m512i, s: usize) -> __m512i {
 }
 
 /// Blocks of Q4_K, or of Q5_K with its fifth bits `FIVE`.
+///
+/// # Safety
+/// The instruction set must be there; the panel must be of that type.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn vector_q4_k<const T: usize, const FIVE: bool>(
@@ -617,6 +620,10 @@ unsafe fn unpack_q4_0(bytes: *const u8, blocks: Range<usize>, to: &mut Unpacked)
     }
 }
 
+/// Unpacks a block of 16 rows of Q4_K, or of Q5_K with its fifth bits `FIVE`.
+///
+/// # Safety
+/// The instruction set must be there; `block` must be a whole block of that type.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 pub(in crate::cpu) unsafe fn unpack_q4_k<const FIVE: bool>(block: *const u8, to: &mut Unpacked) {
     let low = _mm512_set1_epi8(15);
@@ -684,6 +691,9 @@ pub(in crate::cpu) unsafe fn unpack_q6_k(
 }
 
 /// Adds unpacked block `b` of 256 columns for `T` tokens: Q4_K or Q5_K with their minima, or Q6_K.
+///
+/// # Safety
+/// The instruction set must be there; `b` must be a block of the tokens.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn dot256<const T: usize, const MINIMA: bool>(

@@ -39,6 +39,9 @@ pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], o
 }
 
 /// Some tokens of [`recurrent`].
+///
+/// # Safety
+/// The instruction set must be there; shapes must be those of `x`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
 unsafe fn piece(
     x: &Inputs<'_>,
@@ -181,6 +184,9 @@ impl Part {
 }
 
 /// One strip through the tokens from `start` on, one for each pair of scales.
+///
+/// # Safety
+/// The instruction set must be there; the strip must lie within the head's state and output.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn columns(x: &Inputs<'_>, head: usize, part: &Part, start: usize, scales: &[(f32, f32)]) {
     // SAFETY: passed on.
