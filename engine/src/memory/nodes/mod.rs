@@ -743,7 +743,10 @@ impl Memory for Nodes {
         self.restore_checkpoints(from)?;
         self.store.restore(from, self.ctx.n_ctx)?;
         let slots: usize = self.nodes.iter().map(|n| n.n_cells).sum();
+        let ends = || self.nodes.iter().map(|n| n.end);
         let sound = self.store.n_kept() == self.n_sinks() + slots
+            && ends().is_sorted_by(|a, b| a < b)
+            && ends().all(|end| end <= self.state.n_tokens)
             && self.state.seg_start <= self.state.n_tokens
             && self.state.seg_raw <= self.store.raw_end()
             && self.store.raw_begin() <= self.first_seen()

@@ -82,7 +82,8 @@ impl Nodes {
         let n_kept = state.n_entries.min(self.cfg.sinks) + slots;
         // Where closed segments were skipped fewer cells were written than tokens read.
         state.seg_raw = state.seg_raw.min(self.store.raw_end());
-        self.store.rewind(n_kept, state.seg_raw);
+        self.store
+            .rewind(n_kept.min(self.store.n_kept()), state.seg_raw);
         self.checkpoints.retain(|c| c.n_tokens <= held);
         self.state = state;
         Some(held)
@@ -129,7 +130,13 @@ impl Nodes {
             let mut state = State::start(self.tensors(), None);
             state.active = Vec::new();
             state.restore(from, width, n_vocab)?;
-            if state.n_tokens < before || state.n_tokens > self.state.n_tokens {
+            let now = &self.state;
+            let in_order = (before..=now.n_tokens).contains(&state.n_tokens)
+                && state.n_entries <= now.n_entries
+                && state.seg_raw <= now.seg_raw
+                && (state.seg_start.checked_add(state.seg_sinks as usize))
+                    .is_some_and(|first| first <= state.n_tokens);
+            if !in_order {
                 return Err(io::Error::other(
                     "the states to go back to are out of order",
                 ));
