@@ -121,6 +121,9 @@ fn main() -> ExitCode {
         Err(e) => e.exit(),
     };
     let level = match cli.verbose {
+        _ if matches!(&cli.command, Command::Serve(args) if args.is_verbose()) => {
+            tracing::Level::DEBUG
+        }
         0 => tracing::Level::WARN,
         1 => tracing::Level::INFO,
         _ => tracing::Level::DEBUG,

@@ -469,6 +469,8 @@ pub struct Sequence {
     tokens: Vec<u32>,
     /// Forks of the memory at moments worth returning to, oldest first.
     marks: Vec<(usize, Box<dyn Memory>)>,
+    /// Whether a dial was turned, so that the description no longer says all.
+    altered: bool,
 }
 
 /// Marks kept per sequence whatever they hold, and at most; the oldest but the first goes when one
@@ -515,6 +517,7 @@ impl Sequence {
             model: Arc::clone(model),
             tokens: Vec::new(),
             marks: Vec::new(),
+            altered: false,
         })
     }
 
@@ -551,6 +554,7 @@ impl Sequence {
     /// Changes a dial of the memory (`tau`, `target_rate`) for everything read from now on, in
     /// remembered states too.
     pub fn set(&mut self, dial: &str, value: f64) -> Result<()> {
+        self.altered = true;
         let marks = self.marks.iter_mut().map(|(_, memory)| memory);
         for memory in std::iter::once(&mut self.memory).chain(marks) {
             (memory.set(dial, value)).map_err(|what| self.spec.refuse(what))?;
@@ -609,7 +613,54 @@ impl Sequence {
             model: Arc::clone(&self.model),
             tokens: self.tokens.clone(),
             marks: Vec::new(),
+            altered: self.altered,
         }
+    }
+
+    /// As [`Sequence::fork`], with the remembered moments.
+    pub fn twin(&self) -> Sequence {
+        let marks = self.marks.iter().map(|(at, memory)| (*at, memory.fork()));
+        Sequence {
+            marks: marks.collect(),
+            ..self.fork()
+        }
+    }
+
+    /// Whether a dial of the memory was turned since it was made.
+    pub fn is_altered(&self) -> bool {
+        self.altered
+    }
+
+    /// Bytes of the memory and its remembered moments, counted as if they shared nothing.
+    pub fn n_bytes(&self) -> usize {
+        let bytes = |memory: &dyn Memory| {
+            let stats = memory.stats();
+            stats.cell_bytes + stats.state_bytes
+        };
+        let marks: usize = self.marks.iter().map(|(_, memory)| bytes(&**memory)).sum();
+        bytes(&*self.memory) + marks
+    }
+
+    /// The sequence as [`Sequence::save`] writes it, in host memory. Remembered moments are not in it.
+    pub fn pack(&self) -> std::io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let mut out = Encoder::new(&mut bytes);
+        self.encode(&mut out, &[])?;
+        out.finish()?;
+        Ok(bytes)
+    }
+
+    /// Reads what [`Sequence::pack`] wrote.
+    pub fn unpack(model: &Arc<Model>, bytes: &[u8], n_ctx: usize) -> Result<Sequence> {
+        let mut reader = bytes;
+        let (seq, _) = Sequence::decode(
+            model,
+            &mut reader,
+            bytes.len() as u64,
+            n_ctx,
+            Path::new("-"),
+        )?;
+        Ok(seq)
     }
 
     /// Writes the sequence to `path`, replacing an older file only once all is written. `extra` is
@@ -658,17 +709,27 @@ impl Sequence {
     /// Reads a sequence written by [`Sequence::save`] for the same model and memory; returns it
     /// with the caller's bytes.
     pub fn load(model: &Arc<Model>, path: &Path, n_ctx: usize) -> Result<(Sequence, Vec<u8>)> {
-        let refuse = |what: String| Error::Session {
-            path: path.to_owned(),
-            what,
-        };
         let file = File::open(path).map_err(|source| Error::Io {
             path: path.to_owned(),
             source,
         })?;
         let len = file.metadata().map_or(0, |m| m.len());
-        let mut reader = BufReader::new(file);
-        let mut from = Decoder::new(&mut reader as &mut dyn Read, len);
+        Sequence::decode(model, &mut BufReader::new(file), len, n_ctx, path)
+    }
+
+    /// Reads `len` bytes that [`Sequence::encode`] wrote; `path` is what errors name.
+    fn decode(
+        model: &Arc<Model>,
+        reader: &mut dyn Read,
+        len: u64,
+        n_ctx: usize,
+        path: &Path,
+    ) -> Result<(Sequence, Vec<u8>)> {
+        let refuse = |what: String| Error::Session {
+            path: path.to_owned(),
+            what,
+        };
+        let mut from = Decoder::new(reader, len);
         let broken = |e: std::io::Error| refuse(e.to_string());
         let mut magic = [0; 8];
         from.bytes_into(&mut magic).map_err(broken)?;

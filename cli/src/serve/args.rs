@@ -3,7 +3,9 @@
 //! Every flag that takes a value is also read from the environment (`LLAMA_ARG_...`); the command
 //! line wins. In long flags `_` means `-`.
 
+use super::proxy::listens_here_only;
 use super::routes::ROUTES;
+use super::tools::{self, mcp};
 use crate::device::{DeviceArgs, parse_layers};
 use anyhow::{Context, Result, anyhow, bail};
 use mneme_engine::SequenceOptions;
@@ -81,6 +83,7 @@ pub struct Args {
     pub ssl_cert_file: Option<PathBuf>,
     pub api_keys: Vec<String>,
     pub timeout: Duration,
+    /// Empty for what suits the other flags.
     pub cors_origins: String,
     pub cors_methods: String,
     pub cors_headers: String,
@@ -105,9 +108,17 @@ pub struct Args {
     pub slot_save_path: Option<PathBuf>,
     pub similarity: f32,
     pub context_shift: bool,
+    /// Most bytes of prompts that have left their slots; `None` for no limit.
+    pub cache_bytes: Option<usize>,
+    pub cache_idle: bool,
     /// The model is let go when nobody has used it for so long.
     pub sleep_idle: Option<Duration>,
     pub ui: bool,
+    /// Whether pages may have other addresses fetched.
+    pub proxy: bool,
+    /// Tools that are run here.
+    pub tools: Vec<String>,
+    pub mcp_servers: Vec<mcp::Config>,
     /// Route of Vertex AI's prediction protocol.
     pub predict_route: Option<String>,
     pub verbose: bool,
@@ -141,7 +152,7 @@ impl Default for Args {
             ssl_cert_file: None,
             api_keys: Vec::new(),
             timeout: Duration::from_secs(3600),
-            cors_origins: "*".into(),
+            cors_origins: String::new(),
             cors_methods: "GET, POST, DELETE, OPTIONS".into(),
             cors_headers: "*".into(),
             cors_credentials: true,
@@ -165,8 +176,13 @@ impl Default for Args {
             slot_save_path: None,
             similarity: 0.1,
             context_shift: false,
+            cache_bytes: Some(8192 << 20),
+            cache_idle: true,
             sleep_idle: None,
             ui: true,
+            proxy: false,
+            tools: Vec::new(),
+            mcp_servers: Vec::new(),
             predict_route: None,
             verbose: false,
             defaults: Map::new(),
@@ -399,11 +415,20 @@ const FLAGS: &[Flag] = &[
     flag(&["-jf", "--json-schema-file"], Text, "JSON_SCHEMA_FILE", "FILE  the same", |args, v| field(args, "json_schema", &read(v)?)),
     flag(&["--cache-prompt"], Nothing, "CACHE_PROMPT", "use again what a slot already holds of a prompt (default)", |args, _| { args.defaults.insert("cache_prompt".into(), true.into()); Ok(()) }),
     flag(&["--no-cache-prompt"], Nothing, "NO_CACHE_PROMPT", "read every prompt anew", |args, _| { args.defaults.insert("cache_prompt".into(), false.into()); Ok(()) }),
+    flag(&["-cram", "--cache-ram"], Text, "CACHE_RAM", "MIB  host memory for prompts that have left their slots: 0 for none, -1 for no limit (8192)", |args, v| {
+        args.cache_bytes = match number::<i64>(v)? {
+            -1 => None,
+            n => Some(usize::try_from(n).map_err(|_| anyhow!("expected a number of MiB, or -1, got `{v}`"))?.saturating_mul(1 << 20)),
+        };
+        Ok(())
+    }),
+    flag(&["--cache-idle-slots"], Nothing, "CACHE_IDLE_SLOTS", "slots that share one pool are put into that memory as soon as another one starts (default)", put!(cache_idle = true)),
+    flag(&["--no-cache-idle-slots"], Nothing, "NO_CACHE_IDLE_SLOTS", "only when their cells are needed", put!(cache_idle = false)),
     // Accepted for llama-server's sake: nothing here depends on them.
     flag(&["-cb", "--cont-batching", "-nocb", "--no-cont-batching", "--offline", "--no-warmup", "--warmup", "--mlock",
         "--no-mmap", "--mmap", "--perf", "--no-perf", "--swa-full", "--check-tensors", "--log-disable", "--log-prefix",
         "--log-timestamps", "--no-log-prefix", "--no-log-timestamps", "-kvo", "--kv-offload", "-nkvo", "--no-kv-offload",
-        "--repack", "-nr", "--no-repack", "--no-host", "-cmoe", "--cpu-moe", "--no-cache-idle-slots", "--cache-idle-slots",
+        "--repack", "-nr", "--no-repack", "--no-host", "-cmoe", "--cpu-moe",
         "--verbose-prompt", "--backend-sampling", "--no-models-autoload", "--models-autoload",
         "--no-mmproj", "--escape", "-e", "--no-escape", "--special", "-sp", "--spm-infill", "--skip-chat-parsing",
         "--lora-init-without-apply", "--dio", "--direct-io", "--no-dio", "--no-direct-io", "--cpu-strict", "--op-offload",
@@ -413,25 +438,24 @@ const FLAGS: &[Flag] = &[
         "--model-url", "-dr", "--docker-repo", "-hft", "--hf-token", "-lv", "--verbosity", "--log-verbosity", "--log-file",
         "--log-colors", "-lm", "--load-mode", "--numa", "-ot", "--override-tensor", "-ncmoe", "--n-cpu-moe", "-sm",
         "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu", "--prio", "--prio-batch", "--poll",
-        "--poll-batch", "-C", "--cpu-mask", "-Cr", "--cpu-range", "-cram", "--cache-ram", "--cache-reuse",
+        "--poll-batch", "-C", "--cpu-mask", "-Cr", "--cpu-range", "--cache-reuse",
         "--path", "--fit", "--fit-ctx", "--fit-target", "-dt", "--defrag-thold", "--slot-save-interval",
         "--mmproj", "--mmproj-url", "--media-path", "--models-dir", "--models-max", "--models-preset",
         "--reasoning-budget-message", "--dry-sequence-breaker", "--adaptive-target",
         "--adaptive-decay", "-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "--grp-attn-n", "--grp-attn-w", "-gan", "-gaw", "--chat-template-tool-use",
         "--webui-config", "--webui-config-file", "--ui-config", "--ui-config-file", "--checkpoint-every-n-tokens"],
         Text, "", "", ignore),
-    flag(&["--ui-mcp-proxy"], Nothing, "", "", |_, _| { absent("--ui-mcp-proxy"); Ok(()) }),
-    flag(&["--tools"], Text, "", "", |_, _| { absent("--tools"); Ok(()) }),
+    // What acts on this machine: see docs/server.md.
+    flag(&["--ui-mcp-proxy", "--webui-mcp-proxy"], Nothing, "UI_MCP_PROXY", "/cors-proxy fetches other addresses for pages of this machine", put!(proxy = true)),
+    flag(&["--no-ui-mcp-proxy", "--no-webui-mcp-proxy"], Nothing, "", "it does not (default)", put!(proxy = false)),
+    flag(&["--tools"], Text, "TOOLS", "NAMES  /tools runs these tools for clients of this machine, with your rights: all, or a comma list", |args, v| { args.tools = list(v); tools::check(&args.tools) }),
+    flag(&["--mcp-servers-config"], Text, "MCP_SERVERS_CONFIG", "FILE  programs whose tools /tools offers too (JSON: mcpServers)", |args, v| { args.mcp_servers.extend(mcp::configs(&read(v)?)?); Ok(()) }),
+    flag(&["--mcp-servers-json"], Text, "MCP_SERVERS_JSON", "JSON  the same", |args, v| { args.mcp_servers.extend(mcp::configs(v)?); Ok(()) }),
     flag(&["-md", "--model-draft", "--spec-draft-model", "--draft", "--draft-n", "--draft-max", "--draft-min", "--draft-p-min",
         "--spec-type", "--spec-draft-n-max", "--spec-draft-n-min", "--lora", "--lora-scaled", "--control-vector",
         "--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx", "--yarn-ext-factor",
         "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast", "--override-kv"], Text, "", "", not_here),
 ];
-
-/// Says that a flag has no effect, for those whose users would miss it.
-fn absent(name: &str) {
-    eprintln!("warning: {name}: this server does not have it, see docs/server.md");
-}
 
 /// Flags that would change what the model computes or what the wire carries, which we cannot do.
 fn not_here(_: &mut Args, _: &str) -> Result<()> {
@@ -543,7 +567,23 @@ impl Args {
         Ok(())
     }
 
-    fn check(&self) -> Result<()> {
+    /// Whether a client can make this machine do more than answer.
+    fn acts_here(&self) -> bool {
+        self.proxy || !self.tools.is_empty() || !self.mcp_servers.is_empty()
+    }
+
+    fn check(&mut self) -> Result<()> {
+        if self.acts_here()
+            && let Some(host) = self.hosts.iter().find(|host| !listens_here_only(host))
+        {
+            bail!(
+                "--host {host}: with --tools, --mcp-servers-* or --ui-mcp-proxy only loopback addresses may be listened on"
+            );
+        }
+        if self.cors_origins.is_empty() {
+            let all = if self.acts_here() { "localhost" } else { "*" };
+            self.cors_origins = all.into();
+        }
         let formats = ["none", "deepseek", "deepseek-legacy", "auto"];
         if !formats.contains(&self.reasoning_format.as_str()) {
             bail!(

@@ -8,6 +8,7 @@ use super::app::{App, now};
 use super::args::Args;
 use super::errors::{ApiError, ApiResult};
 use super::metrics::Scrape;
+use super::tools::Tools;
 use super::{load, native, openai};
 use mneme_engine::scheduler::{Command, SlotView, Totals};
 use serde_json::Value;
@@ -27,6 +28,8 @@ pub struct Front {
     pub started: u64,
     /// Totals at the last scrape of /metrics.
     pub scraped: Mutex<Scrape>,
+    /// Tools that this server runs.
+    pub tools: Tools,
     model: PathBuf,
     stage: Mutex<Stage>,
     /// Held while the model comes or goes, so that it does neither twice at a time.
@@ -72,6 +75,7 @@ impl Front {
     /// A front without a model, which will be the one of the file `model`.
     pub fn new(args: Args, model: PathBuf) -> Front {
         Front {
+            tools: Tools::new(&args),
             args,
             started: now(),
             scraped: Mutex::default(),

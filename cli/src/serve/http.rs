@@ -3,6 +3,7 @@
 use super::args::Args;
 use super::errors::{ApiError, ApiResult};
 use super::front::Front;
+use super::local;
 use super::predict;
 use super::routes::{Call, Handler, ROUTES};
 use anyhow::{Context, Result};
@@ -37,6 +38,9 @@ const BODY_SILENCE: Duration = Duration::from_secs(30);
 const DRAIN: usize = 1 << 30;
 /// Time that running requests get to end after a signal.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// Routes that act on this machine.
+const LOCAL: [&str; 2] = ["/tools", "/cors-proxy"];
 
 /// A socket that is open.
 pub enum Socket {
@@ -157,11 +161,23 @@ async fn run(
     let id = params.iter().find(|(name, _)| *name == "id");
     let id = id.map_or(String::new(), |(_, id)| id.to_owned());
     let query = query(request.uri());
+    let headers = request.headers().clone();
+    if LOCAL
+        .iter()
+        .any(|path| request.uri().path() == format!("{}{path}", front.args.api_prefix))
+    {
+        local::check(&headers, allowed_origin(front, &headers).as_ref())?;
+    }
     let body = match has_body {
         false => Bytes::new(),
         true => read_body(request.into_body(), front.args.max_body, front.args.timeout).await?,
     };
-    let call = Call { id, query, body };
+    let call = Call {
+        id,
+        query,
+        headers,
+        body,
+    };
     match handler {
         Handler::Front(answer) => answer(Arc::clone(front), call).await,
         // Last: what is no request keeps nobody awake.
@@ -275,17 +291,9 @@ fn allowed_origin(front: &Front, headers: &HeaderMap) -> Option<HeaderValue> {
     let origin = headers.get(header::ORIGIN)?;
     let text = origin.to_str().ok()?;
     let allowed = &front.args.cors_origins;
-    let is_loopback = || {
-        let host = text.split_once("://").map_or(text, |(_, host)| host);
-        let host = match host.strip_prefix('[') {
-            Some(v6) => v6.split(']').next().unwrap_or(""),
-            None => host.split(':').next().unwrap_or(""),
-        };
-        matches!(host, "localhost" | "127.0.0.1" | "::1")
-    };
     let fits = match allowed.as_str() {
         "*" => true,
-        "localhost" => is_loopback(),
+        "localhost" => local::is_loopback(local::host(text)),
         list => list.split(',').any(|o| o.trim() == text),
     };
     fits.then(|| origin.clone())

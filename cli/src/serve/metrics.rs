@@ -98,6 +98,18 @@ fn text(t: &Totals, before: &Scrape, slots: &[SlotView]) -> String {
     ] {
         row(&mut out, "gauge", name, help, value);
     }
+    let cache = &t.cache;
+    for (name, kind, help, value) in [
+        ("prompt_cache_bytes", "gauge", "Bytes of prompts that left their slots.", cache.n_bytes as f64),
+        ("prompt_cache_limit_bytes", "gauge", "Most bytes of them; -1 for no limit.", cache.limit.map_or(-1.0, |n| n as f64)),
+        ("prompt_cache_entries", "gauge", "Prompts that left their slots and are kept.", cache.n_entries as f64),
+        ("prompt_cache_tokens", "gauge", "Tokens of these prompts.", cache.n_tokens as f64),
+        ("prompt_cache_kept_total", "counter", "Prompts that were kept.", cache.n_kept as f64),
+        ("prompt_cache_evicted_total", "counter", "Kept prompts that went to make room.", cache.n_evicted as f64),
+        ("prompt_cache_hits_total", "counter", "Requests that began with a kept prompt.", cache.n_hits as f64),
+    ] {
+        let _ = writeln!(out, "# HELP mneme:{name} {help}\n# TYPE mneme:{name} {kind}\nmneme:{name} {value}");
+    }
     type Value = fn(&SlotView) -> f64;
     let memory: [(&str, &str, Value); 7] = [
         ("memory_rate", "Tokens per node slot over closed segments.", |s| s.stats.rate),

@@ -14,6 +14,7 @@ mod fields;
 mod front;
 mod generate;
 mod http;
+mod local;
 mod metrics;
 mod native;
 mod openai;
@@ -21,9 +22,11 @@ mod openapi;
 mod output;
 mod predict;
 mod prompt;
+mod proxy;
 mod responses;
 pub(crate) mod routes;
 mod slots;
+mod tools;
 mod ui;
 
 use anyhow::{Context, Result, bail};
@@ -51,6 +54,14 @@ pub struct Args {
         value_name = "FLAGS"
     )]
     flags: Vec<String>,
+}
+
+impl Args {
+    /// Whether one of the flags asks for everything to be said.
+    pub fn is_verbose(&self) -> bool {
+        let asks = |flag: &String| ["-v", "--verbose", "--log-verbose"].contains(&flag.as_str());
+        self.flags.iter().any(asks)
+    }
 }
 
 /// Serves until a signal comes.
@@ -177,6 +188,8 @@ pub(crate) fn load(
             similarity: args.similarity,
             max_waiting: args.max_waiting,
             context_shift: args.context_shift,
+            cache_bytes: args.cache_bytes,
+            cache_idle: args.cache_idle,
             totals,
         },
     )?;

@@ -241,6 +241,10 @@ pub async fn properties(app: &App) -> ApiResult<Value> {
     let vocab = &app.model.tokenizer;
     let settings = fields::Settings::read(&json!({}), &app.args.defaults, vocab)?;
     let gguf = app.model.gguf();
+    let cache = app
+        .ask(mneme_engine::scheduler::Command::Totals)
+        .await?
+        .cache;
     let mut out = json!({
         "default_generation_settings": {"params": settings.echo_defaults(), "n_ctx": app.n_ctx},
         "total_slots": app.n_slots,
@@ -260,7 +264,13 @@ pub async fn properties(app: &App) -> ApiResult<Value> {
         "eos_token": vocab.eos_text(),
         "build_info": super::BUILD_INFO,
         "is_sleeping": false,
-        "cors_proxy_enabled": false,
+        "cors_proxy_enabled": app.args.proxy,
+        "prompt_cache": {
+            "limit_bytes": cache.limit,
+            "bytes": cache.n_bytes,
+            "entries": cache.n_entries,
+            "tokens": cache.n_tokens,
+        },
         "memory": {
             "default": app.memory.text,
             "name": app.memory.name,

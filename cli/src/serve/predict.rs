@@ -83,6 +83,7 @@ async fn instance(app: Arc<App>, one: &Value) -> ApiResult<Value> {
     let call = Call {
         id: String::new(),
         query: Vec::new(),
+        headers: Default::default(),
         body: Bytes::from(body.to_string()),
     };
     let reply = handler(app, call).await?.into_body();

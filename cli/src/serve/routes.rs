@@ -4,8 +4,11 @@ use super::app::App;
 use super::errors::{ApiError, ApiResult};
 use super::front::Front;
 use super::generate::json_reply;
-use super::{anthropic, embed, metrics, native, openai, openapi, responses, slots, ui};
+use super::{
+    anthropic, embed, metrics, native, openai, openapi, proxy, responses, slots, tools, ui,
+};
 use axum::body::Bytes;
+use axum::http::HeaderMap;
 use axum::response::Response;
 use futures::future::BoxFuture;
 use serde_json::{Value, json};
@@ -17,6 +20,8 @@ pub struct Call {
     pub id: String,
     /// Query parameters, decoded.
     pub query: Vec<(String, String)>,
+    /// The head of the request.
+    pub headers: HeaderMap,
     /// The body.
     pub body: Bytes,
 }
@@ -117,9 +122,10 @@ pub const ROUTES: &[Route] = routes! {
     "GET" ["/metrics"] Nothing, false, Front metrics::metrics, "Running totals for Prometheus; needs --metrics";
     "GET" ["/lora-adapters"] Nothing, false, Model native::lora, "Adapters: none";
     "POST" ["/lora-adapters"] Json, false, Model native::set_lora, "Accepts the empty list";
-    "GET" ["/cors-proxy"] Nothing, false, Front no_proxy, "Refused: this server fetches nothing for others";
-    "GET" ["/tools"] Nothing, false, Front no_tools, "Refused: this server has no tools of its own";
-    "POST" ["/tools"] Json, false, Front no_tools, "Refused: this server has no tools of its own";
+    "GET" ["/cors-proxy"] Nothing, false, Front proxy::get, "Fetches ?url= for a page; needs --ui-mcp-proxy";
+    "POST" ["/cors-proxy"] Json, false, Front proxy::post, "The same, with a body";
+    "GET" ["/tools"] Nothing, false, Front tools::list, "Tools that this server runs; needs --tools";
+    "POST" ["/tools"] Json, false, Front tools::call, "Runs a tool; needs --tools";
     "GET" ["/openapi.json"] Nothing, false, Front openapi::description, "This description";
     "GET" ["/", "/index.html"] Nothing, true, Front ui::page, "A page to chat and to look at the memory";
     "GET" ["/bundle.js"] Nothing, true, Front ui::script, "The page's program";
@@ -129,14 +135,4 @@ pub const ROUTES: &[Route] = routes! {
 /// GET /health
 async fn health(_: Arc<Front>, _: Call) -> ApiResult<Response> {
     Ok(json_reply(&json!({"status": "ok"})))
-}
-
-/// GET /cors-proxy: refused, as by a llama-server whose proxy is off.
-async fn no_proxy(_: Arc<Front>, _: Call) -> ApiResult<Response> {
-    Err(ApiError::disabled("this server is no proxy"))
-}
-
-/// GET and POST /tools: refused, as by a llama-server without tools.
-async fn no_tools(_: Arc<Front>, _: Call) -> ApiResult<Response> {
-    Err(ApiError::disabled("this server runs no tools"))
 }

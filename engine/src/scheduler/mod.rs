@@ -8,12 +8,14 @@
 //! Requests come in through a [`Handle`] and answer through a closure of their own. The scheduler
 //! knows no HTTP and no JSON of it.
 
+mod cache;
 mod job;
 mod pass;
 mod probs;
 mod slot;
 mod text;
 
+pub use cache::CacheStats;
 pub use job::{
     Embedded, Event, Failure, Finished, Head, Job, Params, Piece, Stop, Timings, TokenProbs,
 };
@@ -23,6 +25,7 @@ use crate::engine::{Engine, Sequence, SequenceOptions};
 use crate::error::Result;
 use crate::memory::spec::MemorySpec;
 use crate::memory::{NodeInfo, Stats};
+use cache::PromptCache;
 use slot::Slot;
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -51,6 +54,10 @@ pub struct Options {
     pub max_waiting: usize,
     /// Whether a full slot forgets its oldest text instead of ending the answer.
     pub context_shift: bool,
+    /// Most bytes of texts kept after they left their slots; 0 for none, `None` for no limit.
+    pub cache_bytes: Option<usize>,
+    /// Whether, with a shared pool, the text of an idle slot is kept as soon as another one starts.
+    pub cache_idle: bool,
     /// Totals to count on from.
     pub totals: Totals,
 }
@@ -131,6 +138,8 @@ pub struct Totals {
     pub deferred: usize,
     /// Requests that ended because nobody waited for them any more.
     pub cancelled: u64,
+    /// Texts kept after they left their slots.
+    pub cache: CacheStats,
 }
 
 /// Why a slot's file could not be written or read.
@@ -236,6 +245,7 @@ pub struct Scheduler {
     options: Options,
     slots: Vec<Slot>,
     queue: VecDeque<Waiting>,
+    cache: PromptCache,
     /// Commands for slots that are busy.
     parked: Vec<Command>,
     rx: Receiver<Command>,
@@ -261,8 +271,18 @@ impl Scheduler {
         let slots = (0..options.n_slots)
             .map(|id| Slot::new(id, engine.sequence(&options.memory, options.sequence)?))
             .collect::<Result<Vec<_>>>()?;
+        let cache = PromptCache::new(
+            options.cache_bytes,
+            engine.ops().device().is_host(),
+            options.sequence.n_ctx,
+            options.totals.cache,
+        );
+        if options.cache_idle && options.pool.is_some() && cache.is_on() {
+            tracing::debug!("__TEST_TAG_CACHE_IDLE_SLOTS_ENABLED__");
+        }
         let scheduler = Scheduler {
             engine,
+            cache,
             slots,
             queue: VecDeque::new(),
             parked: Vec::new(),
@@ -335,6 +355,7 @@ impl Scheduler {
             Command::Totals(reply) => {
                 self.totals.processing = self.slots.iter().filter(|s| s.task.is_some()).count();
                 self.totals.deferred = self.queue.len();
+                self.totals.cache = self.cache.stats();
                 reply(self.totals.clone());
             }
             Command::Save(..) | Command::Restore(..) | Command::Erase(..) => {
@@ -364,6 +385,7 @@ impl Scheduler {
                 Command::Erase(_, reply) => {
                     let n = self.slots[id].seq.n_past();
                     if n > 0 {
+                        self.cache.forget(&self.slots[id].seq);
                         self.reset(id);
                     }
                     reply(n);
@@ -404,7 +426,8 @@ impl Scheduler {
             )));
         }
         let n_tokens = seq.n_past();
-        self.slots[id].seq = seq;
+        let before = std::mem::replace(&mut self.slots[id].seq, seq);
+        self.cache.keep(before);
         self.slots[id].used = n_tokens > 0;
         Ok(SlotFile {
             id_slot: id,

@@ -1,5 +1,6 @@
 //! From waiting requests to slots, and one pass over all that run.
 
+use super::cache::MIN_KEPT;
 use super::job::{Event, Failure, Job, Stop};
 use super::slot::{Next, Task};
 use super::{Scheduler, Waiting};
@@ -19,6 +20,10 @@ const MIN_SHARE: usize = 16;
 const FIRST_SHARE: usize = 64;
 /// Tokens between two remembered states of a prompt that cannot be taken back token by token.
 const MARK_EVERY: usize = 2048;
+
+/// What llama.cpp's tests of its server look for in the log when an idle slot's text is kept; there
+/// is another such word where the scheduler is made.
+const TAG_IDLE: &str = "__TEST_TAG_CACHE_IDLE_SLOT__";
 
 /// What each slot that was fed got: logits, or hidden states for an embedding.
 type Outputs = Vec<(usize, Result<Vec<f32>>)>;
@@ -80,7 +85,8 @@ impl Scheduler {
         };
         let (held, logits, marks) = match head {
             Some((seq, logits)) => {
-                self.slots[id].seq = seq;
+                let before = std::mem::replace(&mut self.slots[id].seq, seq);
+                self.cache.keep(before);
                 (n_prompt, Some(logits), Vec::new())
             }
             None => match self.prepare(id, &job, &spec) {
@@ -94,6 +100,8 @@ impl Scheduler {
         let mut task = Task::new(job, held, n_embd, sampler);
         task.marks = marks;
         self.totals.prompt_cached += held as u64;
+        self.keep_idle(id);
+        let slot = &mut self.slots[id];
         if task.job.params.progress {
             let head = task.head(id);
             task.tell(Event::Progress(head));
@@ -118,17 +126,23 @@ impl Scheduler {
         let again = job.embed.is_some_and(|pooling| pooling.needs_all());
         if !job.params.cache_prompt || !same_kind || again {
             if !same_kind || self.slots[id].seq.n_past() > 0 {
-                self.slots[id].seq = self.engine.sequence(spec, self.options.sequence)?;
+                let fresh = self.engine.sequence(spec, self.options.sequence)?;
+                let before = std::mem::replace(&mut self.slots[id].seq, fresh);
+                self.cache.keep(before);
             }
             return Ok((0, marks(spec.name.as_str(), 0, 0, most)));
         }
         let common = self.slots[id].common_prefix(&job.prompt).min(most);
+        // The slot goes on to something else: what it held is worth keeping.
+        if common * 2 < self.slots[id].seq.n_past() {
+            self.cache.keep(self.slots[id].seq.twin());
+        }
         // Another slot may know more of it; its cells are shared, not copied.
         let other = (self.slots.iter())
             .filter(|s| job.id_slot.is_none() && s.id != id && s.seq.spec().text == spec.text)
             .map(|s| (s.common_prefix(&job.prompt).min(most), s.id))
             .max();
-        let held = match other {
+        let mut held = match other {
             Some((n, from)) if n > common + MIN_SHARE && spec.name == "full" => {
                 let mut fork: Sequence = self.slots[from].seq.fork();
                 let held = fork.truncate(self.engine.ops(), n);
@@ -137,7 +151,35 @@ impl Scheduler {
             }
             _ => self.slots[id].seq.truncate(self.engine.ops(), common),
         };
+        tracing::debug!("updating prompt cache: {:?}", self.cache.stats());
+        let found = self.cache.find(
+            &self.engine.model,
+            self.engine.ops(),
+            &spec.text,
+            &job.prompt,
+            held + MIN_KEPT,
+            most,
+        );
+        if let Some(seq) = found {
+            held = seq.n_past();
+            self.slots[id].seq = seq;
+        }
         Ok((held, marks(spec.name.as_str(), held, common, most)))
+    }
+
+    /// With a shared pool, keeps the texts of idle slots other than `starting`: the pool may need
+    /// their cells at any time.
+    fn keep_idle(&mut self, starting: usize) {
+        let on = self.options.cache_idle && self.options.pool.is_some() && self.cache.is_cheap();
+        if !on || !self.cache.is_on() {
+            return;
+        }
+        for slot in self.slots.iter().filter(|s| s.task.is_none()) {
+            if slot.id != starting && slot.seq.n_past() > 0 && !self.cache.knows(&slot.seq) {
+                tracing::debug!("{TAG_IDLE} slot {}: {} tokens", slot.id, slot.seq.n_past());
+                self.cache.keep(slot.seq.twin());
+            }
+        }
     }
 
     /// One pass: a token for everybody who writes, a share for everybody who reads.
@@ -242,6 +284,7 @@ impl Scheduler {
             if held + wanted <= pool {
                 break;
             }
+            self.cache.keep(self.slots[id].seq.twin());
             self.reset(id);
             held -= n;
         }
