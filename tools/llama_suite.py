@@ -29,7 +29,7 @@ while args:
     arg = args.pop(0)
     if arg in ("--hf-repo", "--hf-file", "--model-url", "--model"):
         name = args.pop(0)
-        for part, file in (("bge", "embed"), ("reranker", "rerank"), ("", "text")):
+        for part, file in (("bge", "embed"), ("reranker", "rerank"), ("infill", "infill"), ("", "text")):
             if model in (None, "text") and part in name:
                 model = file
                 break
@@ -47,14 +47,14 @@ os.execv(command[0], command + kept)
 
 
 def make_models(source, folder):
-    """Three models of two layers: text, with mean pooling, and with a classifier of relevance."""
+    """Four models of two layers: plain, with tokens for filling in, with mean pooling, with a classifier of relevance."""
     import gguf
     import numpy as np
 
     vocab = gguf.GGUFReader(source / "models" / "ggml-vocab-llama-spm.gguf")
     fields = [f for f in vocab.fields.values() if f.name.startswith("tokenizer.")]
     n_vocab, n_embd, n_ff, head = len(vocab.fields["tokenizer.ggml.tokens"].data), 64, 128, 16
-    for name, arch in (("text", "llama"), ("embed", "llama"), ("rerank", "qwen3")):
+    for name, arch in (("text", "llama"), ("infill", "llama"), ("embed", "llama"), ("rerank", "qwen3")):
         path = folder / f"{name}.gguf"
         if path.exists():
             continue
@@ -73,7 +73,10 @@ def make_models(source, folder):
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_vocab_size(n_vocab)
         writer.add_file_type(0)
-        if name != "text":
+        if name == "infill":
+            for nth, part in enumerate(("pre", "suf", "mid", "rep", "sep")):
+                writer.add_uint32(f"tokenizer.ggml.fim_{part}_token_id", n_vocab - 1 - nth)
+        if name in ("embed", "rerank"):
             writer.add_pooling_type(gguf.PoolingType.MEAN if name == "embed" else gguf.PoolingType.RANK)
         for f in fields:
             sub = f.types[-1] if f.types[0] == gguf.GGUFValueType.ARRAY else None

@@ -253,6 +253,32 @@ fn saving_and_loading_is_going_on() {
 }
 
 #[test]
+fn a_packed_sequence_and_a_twin_go_on_as_the_first() {
+    for mut b in rows() {
+        let ids = b.ids.clone();
+        let t = ids.len() / 2;
+        let (_, mut seq) = b.run(&ids[..t], 16);
+        seq.mark();
+        let bytes = seq.pack().expect("packed");
+        b.feed(&mut seq, &ids[t..t + 3], Want::None);
+        let mut twin = seq.twin();
+        let mut packed = Sequence::unpack(&b.engine.model, &bytes, 0).expect(b.memory);
+        assert!(Sequence::unpack(&b.engine.model, &bytes[..bytes.len() - 1], 0).is_err());
+        assert!(twin.n_bytes() >= seq.stats().cell_bytes + seq.stats().state_bytes);
+        // The first one goes elsewhere, which the others must not notice.
+        b.feed(&mut seq, &ids[..9], Want::None);
+        let held = seq.truncate(b.engine.ops(), t);
+        assert_eq!(held, t, "{}", b.memory);
+        assert_eq!(twin.truncate(b.engine.ops(), t), t, "{}", b.memory);
+        let expected = b.feed(&mut seq, &ids[t..], Want::All);
+        let got = b.feed(&mut twin, &ids[t..], Want::All);
+        b.same(&got, &expected, 0.0, "twin");
+        let got = b.feed(&mut packed, &ids[t..], Want::All);
+        b.same(&got, &expected, 0.0, "packed");
+    }
+}
+
+#[test]
 fn a_broken_session_file_is_refused() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("session");

@@ -150,15 +150,15 @@ impl Front {
         let loading =
             tokio::task::spawn_blocking(move || load(front.args.clone(), &front.model, totals));
         let (app, engine) = loading.await??;
-        eprintln!(
-            "ready: {} slots of {} tokens, memory {}",
-            app.n_slots, app.n_ctx, app.memory.text
-        );
+        let (n_slots, n_ctx) = (app.n_slots, app.n_ctx);
+        let memory = app.memory.text.clone();
         *self.stage() = Stage::Awake(Awake {
             app: Arc::new(app),
             engine,
             used: Instant::now(),
         });
+        // Only now: whoever reads it may ask at once.
+        eprintln!("ready: {n_slots} slots of {n_ctx} tokens, memory {memory}");
         Ok(())
     }
 

@@ -28,6 +28,12 @@ fn operation(route: &Route, path: &str) -> Value {
             "schema": {"enum": ["save", "restore", "erase"]},
         }));
     }
+    if path == "/cors-proxy" {
+        parameters.push(json!({
+            "name": "url", "in": "query", "required": true,
+            "schema": {"type": "string", "format": "uri"},
+        }));
+    }
     let mut out = json!({
         "summary": route.about,
         "operationId": format!("{}{}", route.method.to_lowercase(), path.replace(['/', '{', '}', '.'], "_")),

@@ -112,20 +112,23 @@ impl PromptCache {
     }
 
     /// Keeps `seq`, unless it is short, known, or its dials were turned by hand. Texts it goes on
-    /// from are in it and go; the ones not used for longest make room.
-    pub fn keep(&mut self, seq: Sequence) {
+    /// from are in it and go; the ones not used for longest make room. Says whether it was kept anew.
+    pub fn keep(&mut self, seq: Sequence) -> bool {
         if !self.is_on() || seq.n_past() < MIN_KEPT || seq.is_altered() {
-            return;
+            return false;
         }
         if let Some(at) = (self.entries.iter()).position(|e| Self::covers(e, &seq)) {
             let entry = self.entries.remove(at);
             self.entries.push(entry);
-            return;
+            return false;
         }
         let spec = seq.spec().text.clone();
         let tokens = seq.tokens().to_vec();
         let (form, n_bytes) = match self.is_host {
-            true => (Form::Live(Box::new(seq.twin())), seq.n_bytes()),
+            true => {
+                let n = seq.n_bytes();
+                (Form::Live(Box::new(seq)), n)
+            }
             false => match seq.pack() {
                 Ok(bytes) => {
                     let n = bytes.len();
@@ -133,14 +136,14 @@ impl PromptCache {
                 }
                 Err(e) => {
                     tracing::warn!("a prompt of {} tokens is not kept: {e}", tokens.len());
-                    return;
+                    return false;
                 }
             },
         };
         let n_bytes = n_bytes + tokens.len() * size_of::<u32>();
         let most = self.stats.limit.unwrap_or(usize::MAX);
         if n_bytes > most {
-            return;
+            return false;
         }
         (self.entries).retain(|e| e.spec != spec || !tokens.starts_with(&e.tokens));
         let mut held: usize = self.entries.iter().map(|e| e.n_bytes).sum();
@@ -155,6 +158,7 @@ impl PromptCache {
             form,
             n_bytes,
         });
+        true
     }
 
     /// A sequence that begins as `prompt` does, for more than `above` tokens and at most `most`,

@@ -175,9 +175,9 @@ impl Scheduler {
             return;
         }
         for slot in self.slots.iter().filter(|s| s.task.is_none()) {
-            if slot.id != starting && slot.seq.n_past() > 0 && !self.cache.knows(&slot.seq) {
+            let is_new = slot.id != starting && !self.cache.knows(&slot.seq);
+            if is_new && self.cache.keep(slot.seq.twin()) {
                 tracing::debug!("{TAG_IDLE} slot {}: {} tokens", slot.id, slot.seq.n_past());
-                self.cache.keep(slot.seq.twin());
             }
         }
     }
