@@ -47,7 +47,8 @@ pub fn read(given: &Given<'_>) -> Result<Value, String> {
         }
         out += line;
         if out.len() > MAX_ANSWER {
-            out.truncate(out.floor_char_boundary(MAX_ANSWER));
+            let end = (0..=MAX_ANSWER).rev().find(|at| out.is_char_boundary(*at));
+            out.truncate(end.unwrap_or(0));
             out += "\n[the rest is left out: ask for other lines]";
             break;
         }
