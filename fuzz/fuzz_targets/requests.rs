@@ -54,6 +54,7 @@ fuzz_target!(|data: &[u8]| {
     let call = Call {
         id: "0".into(),
         query: vec![("action".into(), "erase".into())],
+        headers: Default::default(),
         body: Bytes::copy_from_slice(body),
     };
     let Handler::Model(handler) = route.handler else {
