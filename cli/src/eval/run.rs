@@ -4,6 +4,7 @@ use super::arm::{Held, Outcome, Rig};
 use super::budget;
 use super::jsonl;
 use super::prompt::{Form, Style};
+use super::records;
 use super::report::{Report, Row};
 use super::sample::Sample;
 use super::score::Score;
@@ -29,7 +30,8 @@ pub struct Args {
     /// Samples from a file instead: ours, RULER's or LongBench's format.
     #[arg(long, value_name = "FILE")]
     jsonl: Vec<PathBuf>,
-    /// Score of samples from files [default: by format].
+    /// How answers are scored [default: by task, of files by format]; `exact` asks for all of several
+    /// values in their order.
     #[arg(long, value_enum)]
     score: Option<Score>,
     /// A memory to try, such as `full`, `window:window=256` or `nodes:decider=stride,stride=16`,
@@ -166,7 +168,13 @@ fn groups(args: &Args, rig: &Rig) -> Result<Vec<Group>> {
     let count = |s: &str| tokenizer.encode(s, false, false).len();
     for group in args.texts.groups() {
         let samples = (0..args.texts.n())
-            .map(|i| Ok(args.texts.sample(&group, i, &count)?.0))
+            .map(|i| {
+                let sample = args.texts.sample(&group, i, &count)?.0;
+                Ok(match args.score {
+                    Some(score) => records::scored(sample, score),
+                    None => sample,
+                })
+            })
             .collect::<Result<_>>()?;
         let length = if args.texts.filler.is_some() {
             0
