@@ -26,7 +26,10 @@ RELATIONS["track"] = {
     "fact": [t.format(holder="{value}", thing="{key}") for t in RECORDS["track"]["start"]],
     "question": [t.format(thing="{key}") for t in RECORDS["track"]["question"]],
 }
-DISJOINT = ("home", "place", "date")
+# Lists any two of which make keys and values of bare statements, and the bare form in Chinese.
+WORDS = ("person", "city", "trade", "animal", "word", "thing", "room", "colour", "event", "month")
+CHINESE_WORDS = ("zh_person", "zh_city", "zh_thing", "zh_room")
+CHINESE_TERSE = {"fact": "{key}{value}。", "question": "{key}呢？", "pair": "{key}和{key2}呢？"}
 ENGLISH = ("home", "place", "date", "password", "trade", "pet", "colour")
 CHINESE = ("zh_home", "zh_place")
 TASKS = tuple(RECORDS["tasks"])
@@ -102,14 +105,38 @@ def spread(rng, ordered, extra):
     return out
 
 
+def bare(rng, chinese=False):
+    """A relation between two lists of words drawn at random, told and asked in the bare form of a list only."""
+    key, value = rng.sample(CHINESE_WORDS if chinese else WORDS, 2)
+    form = CHINESE_TERSE if chinese else {**RECORDS["terse"], "pair": "And {key} and {key2}"}
+    return {"name": "zh_bare" if chinese else "bare", "key": key, "value": value, "fact": [form["fact"]],
+            "question": [form["question"]], "update": [form["fact"]], "pair": [form["pair"]]}
+
+
+def several(rng, n_facts=8, n_filler=0, n_questions=4):
+    """A document of bare statements with up to four values to a key; answers are all of them in their order."""
+    relation = bare(rng)
+    values = rng.sample(LISTS[relation["value"]], min(n_facts, len(LISTS[relation["value"]])))
+    keys = rng.sample(LISTS[relation["key"]], rng.randint(max(2, len(values) // 3), max(3, len(values) // 2)))
+    told, facts = {}, []
+    for value in values:
+        key = rng.choice([k for k in keys if len(told.get(k, ())) < 4])
+        told.setdefault(key, []).append(value)
+        facts.append(statement(relation["fact"][0], key=key, value=value))
+    asked = [rng.choice(list(told)) for _ in range(n_questions)]
+    questions = [(relation["question"][0].format(key=k), RECORDS["answer"]["join"].join(told[k])) for k in asked]
+    return Record(spread(rng, facts, [filler(rng) for _ in range(n_filler)]), questions, "several")
+
+
 def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=ENGLISH, repeat=0.0, terse=0.0):
     """A document of about n_facts statements and n_filler sentences of filler, and n_questions about it.
 
     `repeat` is how often a statement returns later in other words (a fraction: for that share of them), `terse` the
     share told and asked in the bare form of a list. Questions are drawn with replacement.
     """
-    relations = [RELATIONS[r] for r in relations]
+    relations = [r if isinstance(r, dict) else RELATIONS[r] for r in relations]
     chinese = relations[0]["name"].startswith("zh_")
+    short = CHINESE_TERSE if chinese else RECORDS["terse"]
     facts, questions = [], []
     if task in ("multi_value", "aggregation"):
         own = RECORDS["own"]
@@ -172,7 +199,7 @@ def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=E
             first = next(i for i, t in enumerate(tellings) if t[0] is item[0] and t[1] == item[1])
             tellings.insert(rng.randint(first + 1, len(tellings)), item)
         for r, k, v, known, form in tellings:
-            template = RECORDS["terse"]["fact"] if rng.random() < terse else rng.choice(r[form])
+            template = short["fact"] if rng.random() < terse else rng.choice(r[form])
             facts.append(statement(template, known, key=k, value=v))
         for _ in range(n_questions):
             r, k = rng.choice(order)
@@ -183,7 +210,7 @@ def record(rng, task="single", n_facts=8, n_filler=6, n_questions=4, relations=E
                     q = rng.choice(r["pair"]).format(key=k, key2=k2)
                     questions.append((q, told[r["name"], k] + " and " + told[r["name"], k2]))
                     continue
-            template = RECORDS["terse"]["question"] if rng.random() < terse else rng.choice(r["question"])
+            template = short["question"] if rng.random() < terse else rng.choice(r["question"])
             questions.append((template.format(key=k), told[r["name"], k]))
     sentences = spread(rng, facts, [filler(rng, chinese) for _ in range(n_filler)])
     return Record(sentences, questions, task, chinese)
@@ -252,18 +279,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def part_sentences(tokenizer):
-    """A tokenizer.json without merges that lead over a Chinese full stop.
-
-    Qwen2's splitting puts that stop to the word behind it; so a text has the tokens of its sentences whether it is
-    read whole, as a user gives it, or sentence by sentence, as the trainer does.
-    """
-    from tokenizers import pre_tokenizers
-
-    data = json.loads(tokenizer)
-    (stop, _), = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("。")
-    data["model"]["merges"] = [m for m in data["model"]["merges"] if stop not in "".join(m) or "".join(m).endswith(stop)]
-    return json.dumps(data, ensure_ascii=False, indent=2)
+def pieces(text, words):
+    """A Chinese text cut at the words of the lists: the splitting of Qwen2 takes a run of letters for one word, and
+    without these cuts byte pairs would grow over the border between a key, what is said of it, and its value."""
+    out, start, at = [], 0, 0
+    longest = max(map(len, words))
+    while at < len(text):
+        found = next((text[at:at + n] for n in range(longest, 0, -1) if text[at:at + n] in words), None)
+        if found:
+            out += [text[start:at], found]
+            start = at = at + len(found)
+        else:
+            at += 1
+    return [piece for piece in (*out, text[start:]) if piece]
 
 
 def train_tokenizer(out, vocab_size=2048, seed=0):
@@ -272,11 +300,16 @@ def train_tokenizer(out, vocab_size=2048, seed=0):
 
     rng = random.Random(seed)
     texts = []
+    chinese = {w for name, ws in LISTS.items() if name.startswith("zh_") for w in ws}
     for _ in range(6000):
         task = rng.choice(TASKS)
         relations = CHINESE if task in ("single", "repeat", "update", "multi_query") and rng.random() < 0.25 else ENGLISH
         r = record(rng, task, 12, 12, 4, relations)
-        texts.append(r.text() + "".join("\n" + q + " " + a for q, a in r.questions))
+        if r.chinese:
+            for part in [s.text for s in r.statements] + [t for pair in r.questions for t in pair]:
+                texts += pieces(part, chinese)
+        else:
+            texts.append(r.text() + "".join("\n" + q + " " + a for q, a in r.questions))
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -292,7 +325,7 @@ def train_tokenizer(out, vocab_size=2048, seed=0):
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tokenizer.json").write_text(part_sentences(tokenizer.to_str()))
+    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     (out / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False, "add_bos_token": False, "bos_token": None,
         "eos_token": "<|end|>", "pad_token": "<|pad|>", "unk_token": None, "clean_up_tokenization_spaces": False,

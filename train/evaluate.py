@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import CHINESE, DISJOINT, ENGLISH, TASKS, Encoder, record
+from data import CHINESE, ENGLISH, TASKS, Encoder, record
 from model import Mneme, rotate
 from reference import splitmix64
 
@@ -186,7 +186,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--task", choices=TASKS, default="single")
-    parser.add_argument("--relations", choices=("disjoint", "english", "chinese"), default="english")
+    parser.add_argument("--relations", choices=("english", "chinese"), default="english")
     parser.add_argument("--facts", type=int, default=8)
     parser.add_argument("--filler", type=int, default=8)
     parser.add_argument("--documents", type=int, default=64)
@@ -200,7 +200,7 @@ def main():
     torch.set_num_threads(a.threads)
     net = Mneme.load(a.checkpoint).eval()
     encoder = Encoder(Path(a.checkpoint) / "tokenizer.json")
-    relations = {"disjoint": DISJOINT, "english": ENGLISH, "chinese": CHINESE}[a.relations]
+    relations = {"english": ENGLISH, "chinese": CHINESE}[a.relations]
     documents = [record(random.Random(f"eval:{a.seed}:{i}"), a.task, a.facts, a.filler, a.questions, relations)
                  for i in range(a.documents)]
     settings = {"stride": 12, "rate": 1 / 12}

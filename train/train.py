@@ -27,11 +27,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import CHINESE, DISJOINT, ENGLISH, Encoder, record
+from data import CHINESE, ENGLISH, Encoder, bare, record, several
 from model import Mneme
 
 BUCKET = 4
-FAMILIES = {"disjoint": DISJOINT, "english": ENGLISH, "chinese": CHINESE}
+CAN_BE_CHINESE = ("single", "repeat", "update", "multi_query", "bare", "bare_update", "bare_query")
+FAMILIES = {"english": ENGLISH, "chinese": CHINESE}
 
 
 def draw_record(rng, level):
@@ -39,16 +40,20 @@ def draw_record(rng, level):
     tasks = level["tasks"]
     task = rng.choices(list(tasks), list(tasks.values()))[0]
     family = level.get("relations", "english")
-    if rng.random() < level.get("chinese", 0.0) and task in ("single", "repeat", "update", "multi_query"):
+    if rng.random() < level.get("chinese", 0.0) and task in CAN_BE_CHINESE:
         family = "chinese"
     relations = FAMILIES[family]
-    if rng.random() < level.get("one_relation", 0.0):  # many facts of a kind: only the key tells them apart
-        relations = (rng.choice(relations),)
     facts, extra = (rng.randint(*level[k]) for k in ("facts", "filler"))
+    questions, terse = level.get("questions", 4), level.get("terse", 0.0)
+    if task.startswith("bare"):  # two lists drawn at random
+        return record(rng, {"bare_update": "update", "bare_query": "multi_query"}.get(task, "single"), facts, extra, questions,
+                      (bare(rng, family == "chinese"),), level.get("repeat", 1.0), 0.0)
+    if task == "several":
+        return several(rng, facts, extra, questions)
     if task in ("own", "track"):
-        return record(rng, "single", facts, extra, level.get("questions", 4), (task,), 1.0, level.get("terse", 0.5))
-    return record(rng, "single" if task == "repeat" else task, facts, extra, level.get("questions", 4), relations,
-                  level.get("repeat", 1.0) if task != "single" else 0.0, level.get("terse", 0.0))
+        return record(rng, "single", facts, extra, questions, (task,), 1.0, level.get("terse", 0.5))
+    return record(rng, "single" if task == "repeat" else task, facts, extra, questions, relations,
+                  level.get("repeat", 1.0) if task != "single" else 0.0, terse)
 
 
 def rule_cuts(rng, marks, end_ids, mode, longest):
@@ -86,12 +91,11 @@ class Batches:
     def __init__(self, run, encoder, gist=()):
         self.run, self.encoder, self.gist = run, encoder, list(gist)
         self.pool = None
-        self.modes = run.get("rules", {"sentence": 0.4, "thinned": 0.25, "facts": 0.15, "random": 0.2})
 
     def text(self, rng, level):
         """One text of a level: ((ids, weights, marks), cut)."""
         run = self.run
-        rules = level.get("rules", self.modes)
+        rules = level.get("rules", run.get("rules", {"sentence": 0.4, "thinned": 0.25, "facts": 0.15, "random": 0.2}))
         ids, weights, marks = self.encoder.encode(draw_record(rng, level), run.get("weight_other", 0.03))
         mode = rng.choices(list(rules), list(rules.values()))[0]
         cut = rule_cuts(rng, marks, [i == self.encoder.end for i in ids], mode, run["longest"])
@@ -234,8 +238,9 @@ class Step(nn.Module):
         return loss, stats
 
 
-def parameter_groups(model, run, stage):
-    """AdamW groups: matrices decay, vectors do not; learning rate by pattern; frozen patterns left out."""
+def optimizers(model, run, stage):
+    """AdamW, and Muon for the matrices inside the model if `muon` is set: it learns the binding of key and value in a
+    third of the steps (LOG.md). Learning rate by pattern, frozen patterns left out, vectors and embeddings do not decay."""
     frozen = list(run.get("freeze", []))
     groups = {}
     for name, p in model.named_parameters():
@@ -248,15 +253,37 @@ def parameter_groups(model, run, stage):
         if not free:
             continue
         scale = next((s for pattern, s in run.get("lr_scale", {}).items() if fnmatch.fnmatch(name, pattern)), 1.0)
-        decay = run.get("weight_decay", 0.01) if p.dim() > 1 and "embed" not in name else 0.0
-        groups.setdefault((scale, decay), []).append(p)
-    return [{"params": ps, "scale": s, "weight_decay": d} for (s, d), ps in groups.items()]
+        matrix = p.dim() > 1 and not any(part in name for part in ("embed", "lm_head"))
+        muon = run.get("muon", False) and p.dim() == 2 and matrix and min(p.shape) >= 32
+        groups.setdefault((muon, scale, run.get("weight_decay", 0.01) if matrix else 0.0), []).append(p)
+    made = {True: [], False: []}
+    for (muon, scale, decay), ps in groups.items():
+        made[muon].append({"params": ps, "scale": scale, "weight_decay": decay})
+    out = [torch.optim.AdamW(made[False], lr=run["lr"], betas=(0.9, 0.98))] if made[False] else []
+    if made[True]:
+        out.append(torch.optim.Muon(made[True], lr=run["lr"], adjust_lr_fn="match_rms_adamw"))
+    return out
 
 
-def learning_rate(run, step):
-    """Linear warm-up, constant, and linear to a twentieth over the last share `cool`: `steps` may grow without a new start."""
-    warm, last = run.get("warmup", 30), int(run["steps"] * run.get("cool", 0.25))
-    down = (step - (run["steps"] - last)) / max(1, last)
+def curriculum(settings, run, here):
+    """The phases of a stage: each has `steps`, `levels` (each with a `weight`), and keys that hold while it lasts.
+
+    They are the stage's own or the experiment's `phases` or `levels`, or by a path those of another experiment."""
+    for name in ("levels", "phases"):
+        found = run.get(name)
+        if found is None and "levels" not in run:
+            found = settings.get(name)
+        if isinstance(found, str):
+            found = tomllib.loads((here / found).read_text())[name]
+        if found:
+            return found if name == "phases" else [{"levels": found, "steps": run["steps"]}]
+    raise ValueError("no [[phases]] and no [[levels]]")
+
+
+def learning_rate(run, step, steps):
+    """Linear warm-up, constant, and linear to a twentieth over the last share `cool`, at a step of a phase."""
+    warm, last = run.get("warmup", 30), int(steps * run.get("cool", 0.25))
+    down = (step - (steps - last)) / max(1, last)
     return run["lr"] * min(1.0, (step + 1) / warm) * (1.0 - 0.95 * max(0.0, down))
 
 
@@ -331,21 +358,20 @@ def train(stage, toml, stop=None, overrides=()):
     model = Mneme(cfg)
     out = Path(run["out"]) / run.get("name", stage)
     out.mkdir(parents=True, exist_ok=True)
-    groups = parameter_groups(model, run, stage)
-    optimizer = torch.optim.AdamW(groups, lr=run["lr"], betas=(0.9, 0.98))
-    state = {"step": 0, "level": 0, "seen": 0, "accuracy": 0.0}
+    learners = optimizers(model, run, stage)
+    phases = curriculum(settings, run, here)
+    total, stage_keys = sum(phase["steps"] for phase in phases), dict(run)
+    state = {"step": 0}
     last = out / "last.pt"
     if last.exists():
         saved = torch.load(last, map_location="cpu", weights_only=False)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for learner, was in zip(learners, saved["optimizers"], strict=True):
+            learner.load_state_dict(was)
         state = saved["state"]
     elif run.get("init"):
         saved = torch.load(Path(run["out"]) / run["init"] / "last.pt", map_location="cpu", weights_only=False)
         model.load_state_dict(saved["model"])
-        if run.get("keep_level", False):
-            state["level"] = saved["state"]["level"]
-        state["level"] = run.get("level", state["level"])
         if "decider_bias" in run:  # a decider that starts shy and undecided
             with torch.no_grad():
                 model.mem.decider.bias.fill_(run["decider_bias"])
@@ -366,56 +392,53 @@ def train(stage, toml, stop=None, overrides=()):
     if world > 1:
         step_module = nn.parallel.DistributedDataParallel(step_module, find_unused_parameters=True)
     batches = Batches(run, encoder, cfg["memory"].get("gist_token_ids", ()))
-    levels = run["levels"] if "levels" in run else settings["levels"]
-    if isinstance(levels, str):  # those of another experiment
-        levels = tomllib.loads((here / levels).read_text())["levels"]
-    mixed = "weight" in levels[0]
     copies = run.get("copies", 1)
     rows, average, began = [], {}, time.time()
     curve = out / "curve.jsonl"
     if curve.exists():
         rows = [r for r in map(json.loads, curve.read_text().splitlines()) if r["step"] <= state["step"]]
-    while state["step"] < min(run["steps"], stop or run["steps"]):
-        step = state["step"]
-        rate = learning_rate(run, step)
-        for g in optimizer.param_groups:
-            g["lr"] = rate * g["scale"]
+    while state["step"] < min(total, stop or total):
+        step, phase, began_at = state["step"], 0, 0
+        while step >= began_at + phases[phase]["steps"]:
+            began_at += phases[phase]["steps"]
+            phase += 1
+        levels = phases[phase]["levels"]
+        run.clear()
+        run.update(stage_keys, **{k: v for k, v in phases[phase].items() if k not in ("levels", "steps")})
+        rate = learning_rate(run, step - began_at, phases[phase]["steps"])
+        for learner in learners:
+            for g in learner.param_groups:
+                g["lr"] = rate * g["scale"]
         cool = run.get("entropy_end", run.get("entropy", 0.0))
-        temperature = run.get("entropy", 0.0) + (cool - run.get("entropy", 0.0)) * step / run["steps"]
+        temperature = run.get("entropy", 0.0) + (cool - run.get("entropy", 0.0)) * step / total
         generator = torch.Generator().manual_seed(hash((run["seed"], step, rank)) & 0x7FFFFFFF)
-        # Now and then an earlier level, so that nothing is forgotten; or all levels at once by their weights.
-        pick = random.Random(f"{run['seed']}:level:{step}")
-        if mixed:
-            level, = pick.choices(range(len(levels)), [one["weight"] for one in levels])
-        else:
-            level = state["level"] if state["level"] == 0 or pick.random() < 0.85 else pick.randrange(state["level"])
+        pick = random.Random(f"{run['seed']}:level:{step // BUCKET}")
+        level, = pick.choices(range(len(levels)), [one.get("weight", 1.0) for one in levels])
         for micro in range(run.get("accumulate", 1)):
             n = levels[level].get(f"batch_{stage}", run["batch"])
             batch = batches.draw(step * run.get("accumulate", 1) + micro, rank, levels[level], n, stage, copies)
             loss, stats = step_module([z.to(device) for z in batch], generator, copies, temperature,
-                                      step < run.get("open", 0.0) * run["steps"])
+                                      step < run.get("open", 0.0) * total)
             (loss / run.get("accumulate", 1)).backward()
-        norm = nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], run.get("clip", 1.0))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        learnt = [p for learner in learners for g in learner.param_groups for p in g["params"]]
+        norm = nn.utils.clip_grad_norm_(learnt, run.get("clip", 1.0))
+        for learner in learners:
+            learner.step()
+            learner.zero_grad(set_to_none=True)
         state["step"] += 1
-        state["seen"] += 1
-        if level == state["level"]:
-            state["accuracy"] = 0.93 * state["accuracy"] + 0.07 * stats["answer"]
-        if not mixed and state["accuracy"] > levels[state["level"]].get("advance", 0.85) and state["seen"] > 30 and state["level"] + 1 < len(levels):
-            state.update(level=state["level"] + 1, seen=0, accuracy=0.0)
         for k, v in stats.items():
             if v == v:
                 average[k] = average.get(k, v) * 0.9 + v * 0.1
         if rank == 0 and (state["step"] % 20 == 0 or state["step"] == stop):
-            row = {"step": state["step"], "level": state["level"], "minutes": round((time.time() - began) / 60, 2),
+            row = {"step": state["step"], "phase": phase, "minutes": round((time.time() - began) / 60, 2),
                    "lr": rate, "norm": round(float(norm), 3), "last_loss": stats["loss"], **{k: round(v, 4) for k, v in average.items()}}
             rows.append(row)
             with curve.open("a") as f:
                 f.write(json.dumps(row) + "\n")
             print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
-        if rank == 0 and (state["step"] % run.get("save_every", 100) == 0 or state["step"] in (run["steps"], stop)):
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, out / "part.pt")
+        if rank == 0 and (state["step"] % run.get("save_every", 100) == 0 or state["step"] in (total, stop)):
+            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in learners], "state": state},
+                       out / "part.pt")
             os.replace(out / "part.pt", last)
             export(model, cfg, tokenizer, out / "export", run)
             if len(rows) > 1:

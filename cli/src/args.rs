@@ -12,7 +12,7 @@ use mneme_engine::tokenizer::Tokenizer;
 use mneme_engine::{Engine, LoadOptions, Model, Sequence, SequenceOptions};
 use mneme_kernels::attend::{KvType, PageLayout};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// llama.cpp's short flags of several letters, and the long ones clap knows.
 const LLAMA_FLAGS: &[(&str, &str)] = &[
@@ -126,6 +126,16 @@ impl ModelArgs {
                 bail!("-hf {name}: this mneme was built without the feature `hf`")
             }
             (None, None) => bail!("a model is needed: -m FILE or -hf USER/REPO"),
+        }
+    }
+
+    /// The same flags for the model in another file, with no adapter over it.
+    pub fn of(&self, file: &Path) -> ModelArgs {
+        ModelArgs {
+            model: Some(file.to_owned()),
+            hf_repo: None,
+            memory_adapter: None,
+            ..self.clone()
         }
     }
 

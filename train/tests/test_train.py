@@ -10,19 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import roles
 import train as trainer
-from data import CHINESE, ENGLISH, TASKS, Encoder, part_sentences, record
+from data import CHINESE, ENGLISH, LISTS, TASKS, WORDS, Encoder, record, several
 from evaluate import Reader, wilson
 from model import Mneme
 
 HERE = Path(__file__).resolve().parents[1]
+VOCAB = Encoder(HERE / "tokenizer" / "tokenizer.json").tokenizer.get_vocab_size()
 FIXTURES = HERE.parent / "fixtures"
 
 TINY = """
 [model]
 model_type = "qwen2"
-vocab_size = 2048
+vocab_size = VOCAB
 hidden_size = 32
 intermediate_size = 64
 num_hidden_layers = 2
@@ -72,7 +72,7 @@ questions = 2
 
 def settings(folder):
     path = folder / "run.toml"
-    path.write_text(TINY.replace("TOKENIZER", str(HERE / "tokenizer")).replace("OUT", str(folder / "out")))
+    path.write_text(TINY.replace("TOKENIZER", str(HERE / "tokenizer")).replace("OUT", str(folder / "out")).replace("VOCAB", str(VOCAB)))
     return path
 
 
@@ -127,23 +127,58 @@ def test_sentences_encode_as_the_whole_text_does(relations):
         assert len(ids) == len(weights) == len(marks)
 
 
-def test_no_token_leads_over_a_chinese_full_stop():
-    file = (HERE / "tokenizer" / "tokenizer.json").read_text()
-    assert json.loads(part_sentences(file)) == json.loads(file)
-    bad = json.loads(file)
-    bad["model"]["merges"].append(["ãĢĤ", "Ġ"])
-    assert json.loads(part_sentences(json.dumps(bad))) == json.loads(file)
+def test_words_of_the_lists_are_tokens():
+    encoder = Encoder(HERE / "tokenizer" / "tokenizer.json")
+    for name in (*WORDS, "zh_person", "zh_city", "zh_thing", "zh_room"):
+        for word in LISTS[name]:
+            ids = encoder.ids(f"{word}住在{word}。" if name.startswith("zh_") else f" {word}")
+            held = [encoder.tokenizer.decode([i]).strip() for i in ids]
+            assert held.count(word) == (2 if name.startswith("zh_") else 1), (word, held)
 
 
-def test_roles_are_taught_to_the_compressor_alone(tmp_path):
-    trainer.train("compressor", settings(tmp_path), stop=1)
-    elder = tmp_path / "out" / "compressor" / "export"
-    first, _ = roles.train(elder, tmp_path / "roles", 1, batch=4)
-    last, _ = roles.train(elder, tmp_path / "roles", 60, batch=4)
-    assert last < 0.7 * first
-    before, after = Mneme.load(elder), torch.load(tmp_path / "roles" / "last.pt", weights_only=False)["model"]
-    for name, p in before.named_parameters():
-        assert torch.equal(p, after[name]) != (name.startswith("mem.") and not name.startswith("mem.decider")), name
+@pytest.mark.parametrize("task", ("bare", "bare_update", "bare_query", "several", "own", "track", *TASKS))
+def test_levels_draw_every_task(task):
+    level = {"tasks": {task: 1.0}, "facts": [3, 7], "filler": [1, 1], "questions": 2, "terse": 0.5, "chinese": 0.5}
+    for seed in range(20):
+        r = trainer.draw_record(random.Random(seed), level)
+        assert 2 <= sum(s.kind == "fact" for s in r.statements) <= 28
+        text = r.text()
+        for question, answer in r.questions:
+            if task != "aggregation":
+                assert all(word in text for word in answer.split(" and ")), (text, question, answer)
+
+
+def test_several_values_are_asked_in_their_order():
+    r = several(random.Random(3), 8, 2, 12)
+    facts = [s.text.rstrip(".").split() for s in r.statements if s.kind == "fact"]
+    for question, answer in r.questions:
+        key = question.removeprefix("And ")
+        assert answer.split(" and ") == [value for k, value in facts if k == key]
+    assert any(" and " in answer for _, answer in r.questions)
+
+
+def test_phases_follow_each_other_and_keep_to_themselves(tmp_path):
+    toml = settings(tmp_path)
+    head, _, levels = toml.read_text().partition("[[levels]]")
+    phase = lambda steps, more: f"[[phases]]\nsteps = {steps}\n{more}\n[[phases.levels]]{levels}"
+    toml.write_text(head.replace("gap_scale = 8", "gap_scale = 8\ncool = 0.0\nwarmup = 1")
+                    + phase(2, "lr = 5e-4\n") + phase(2, ""))
+    trainer.train("compressor", toml, stop=1)
+    assert trainer.train("compressor", toml, stop=2)[-1]["lr"] == 5e-4
+    again = trainer.train("compressor", toml, stop=4)
+    assert again[-1]["lr"] == 1e-3 and again[-1]["phase"] == 1
+
+
+def test_muon_moves_matrices_and_adamw_the_rest(tmp_path):
+    toml = settings(tmp_path)
+    toml.write_text(toml.read_text().replace("seed = 5", "seed = 5\nmuon = true"))
+    trainer.train("compressor", toml, stop=1)
+    adamw, muon = trainer.optimizers(Mneme.load(tmp_path / "out" / "compressor" / "export"),
+                                     {"lr": 1e-3, "muon": True}, "compressor")
+    assert type(muon).__name__ == "Muon" and type(adamw).__name__ == "AdamW"
+    assert all(p.dim() == 2 and min(p.shape) >= 32 for g in muon.param_groups for p in g["params"])
+    assert sum(len(g["params"]) for o in (adamw, muon) for g in o.param_groups) == len(
+        list(Mneme.load(tmp_path / "out" / "compressor" / "export").parameters()))
 
 
 @pytest.mark.parametrize("name", ("nodes-linear", "nodes-skip-compact", "nodes-qwen3"))
@@ -175,14 +210,15 @@ def test_gist_arm_trains_and_exports_its_tokens(tmp_path):
     text = toml.read_text()
     head, tail = text.split("[memory]")
     tail = tail[tail.index("[train]"):]
-    memory = '[memory]\nkind = "gist"\nposition = "keep"\n"node.slots" = 2\ngist_token_ids = [2048, 2049]\n'
-    toml.write_text(head.replace("vocab_size = 2048", "vocab_size = 2050") + memory + tail)
+    gist = [VOCAB, VOCAB + 1]
+    memory = f'[memory]\nkind = "gist"\nposition = "keep"\n"node.slots" = 2\ngist_token_ids = {gist}\n'
+    toml.write_text(head.replace(f"vocab_size = {VOCAB}", f"vocab_size = {VOCAB + 2}") + memory + tail)
     trainer.train("compressor", toml, stop=3)
     encoder = Encoder(tmp_path / "out" / "compressor" / "export" / "tokenizer.json")
-    assert encoder.tokenizer.token_to_id("<|gist_1|>") == 2049
-    batch = trainer.Batches({"seed": 1, "longest": 24}, encoder, [2048, 2049]).draw(
+    assert encoder.tokenizer.token_to_id("<|gist_1|>") == gist[1]
+    batch = trainer.Batches({"seed": 1, "longest": 24}, encoder, gist).draw(
         0, 0, {"tasks": {"single": 1.0}, "facts": [3, 3], "filler": [2, 2]}, 1, "compressor")
-    assert (batch[0] == 2049).sum() == 5 and not batch[3].any()
+    assert (batch[0] == gist[1]).sum() == 5 and not batch[3].any()
 
 
 def test_pretrained_base_is_loaded_and_frozen(tmp_path):
@@ -218,7 +254,7 @@ def test_ahn_arm_learns_nothing_but_its_memory(tmp_path):
 def test_reconstruction_counts_the_tokens_of_closed_segments(tmp_path):
     trainer.train("compressor", settings(tmp_path), stop=1)
     net = Mneme.load(tmp_path / "out" / "compressor" / "export")
-    ids = torch.randint(2048, (2, 9), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
     cut = torch.zeros(2, 9, dtype=torch.bool)
     cut[0, 2] = cut[0, 6] = cut[1, 4] = True
     made = {}

@@ -141,7 +141,7 @@ pub struct Shape {
 /// A question before the text is put together: evidence by number of statement.
 struct Asked {
     text: String,
-    answer: String,
+    answers: Vec<String>,
     evidence: Vec<usize>,
     chance: f64,
 }
@@ -228,21 +228,18 @@ impl Draft {
         for _ in 0..shape.n_questions {
             let p = *self.rng.choice(&owners);
             let n = bought[p].len();
-            let (templates, answer, chance) = if shape.task == "aggregation" {
-                let counts = words(&own.count);
-                (&own.count_question, counts[n - 1].clone(), 1.0 / 4.0)
+            let (templates, answers, chance) = if shape.task == "aggregation" {
+                let count = &words(&own.count)[n - 1];
+                (&own.count_question, vec![count.clone()], 1.0 / 4.0)
             } else {
-                let names: Vec<&str> = bought[p].iter().map(|(t, _)| t.as_str()).collect();
-                let chance = (all.len() as f64).powi(-(n as i32));
-                (
-                    &own.list_question,
-                    names.join(&language().answer.join),
-                    chance,
-                )
+                let names: Vec<String> = bought[p].iter().map(|(t, _)| t.clone()).collect();
+                // As many things drawn blindly hit that share of them.
+                let chance = n as f64 / all.len() as f64;
+                (&own.list_question, names, chance)
             };
             self.asked.push(Asked {
                 text: fill(self.rng.choice(templates), &[("owner", &people[p])]),
-                answer,
+                answers,
                 evidence: bought[p].iter().map(|(_, i)| *i).collect(),
                 chance,
             });
@@ -292,7 +289,7 @@ impl Draft {
             let c = *self.rng.choice(&numbers);
             self.asked.push(Asked {
                 text: fill(self.rng.choice(&track.question), &[("thing", &things[c])]),
-                answer: last[c].clone(),
+                answers: vec![last[c].clone()],
                 evidence: evidence[c].clone(),
                 chance: 1.0 / holders.len() as f64,
             });
@@ -398,9 +395,9 @@ impl Draft {
                     let words = [("key", key.as_str()), ("key2", key2.as_str())];
                     self.asked.push(Asked {
                         text: fill(self.rng.choice(&row.pair), &words),
-                        answer: format!("{value}{}{value2}", language().answer.join),
+                        answers: vec![value.clone(), value2.clone()],
                         evidence: [evidence(i), evidence(j)].concat(),
-                        chance: chance * chance,
+                        chance,
                     });
                     continue;
                 }
@@ -411,7 +408,7 @@ impl Draft {
             };
             self.asked.push(Asked {
                 text: fill(template, &[("key", key)]),
-                answer: value.clone(),
+                answers: vec![value.clone()],
                 evidence: evidence(i),
                 chance,
             });
@@ -447,7 +444,7 @@ impl Draft {
         let questions = self.asked.into_iter().map(|q| Question {
             text: q.text,
             prefix: String::new(),
-            answers: vec![q.answer],
+            answers: q.answers,
             facts: q.evidence.iter().map(|&i| ranges[i].clone()).collect(),
             chance: q.chance,
         });
@@ -456,10 +453,26 @@ impl Draft {
             questions: questions.collect(),
             text,
             segments,
-            score: Score::Exact,
+            // As RULER scores several values and several queries.
+            score: match shape.task.as_str() {
+                "multi_value" | "multi_query" => Score::All,
+                _ => Score::Exact,
+            },
             n_predict: N_PREDICT,
         }
     }
+}
+
+/// `sample` with another score. Under [`Score::Exact`] several values become the one answer that
+/// lists them in their order.
+pub fn scored(mut sample: Sample, score: Score) -> Sample {
+    if score == Score::Exact {
+        for q in &mut sample.questions {
+            q.answers = vec![q.answers.join(&language().answer.join)];
+        }
+    }
+    sample.score = score;
+    sample
 }
 
 /// One sentence that says nothing a question asks for.
@@ -578,7 +591,7 @@ mod tests {
             let got = sample
                 .questions
                 .iter()
-                .map(|q| (q.text.clone(), q.answers[0].clone()));
+                .map(|q| (q.text.clone(), q.answers.join(&language().answer.join)));
             assert_eq!(got.collect::<Vec<_>>(), asked, "{task}");
             // Offsets there are in characters.
             let chars = |at: usize| sample.text[..at].chars().count() as u64;
@@ -610,7 +623,7 @@ mod tests {
                     assert_eq!(q.answers[0], numbers[told.len() - 1]);
                     continue;
                 }
-                for part in q.answers[0].split(" and ") {
+                for part in &q.answers {
                     assert!(
                         told.iter().any(|t| t.contains(part)),
                         "{task}: {part} is not in {told:?}"
@@ -626,6 +639,25 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn several_values_are_answers_of_their_own_unless_the_list_is_asked_for() {
+        let shape = Shape {
+            n_facts: 12,
+            n_questions: 8,
+            ..shape("multi_value", false)
+        };
+        let sample = record("several", &shape).unwrap();
+        assert_eq!(sample.score, Score::All);
+        let most = sample.questions.iter().map(|q| q.answers.len()).max();
+        assert!(most.unwrap() > 1);
+        let lists = scored(sample.clone(), Score::Exact);
+        for (q, list) in sample.questions.iter().zip(&lists.questions) {
+            assert_eq!(list.answers, [q.answers.join(" and ")]);
+            assert_eq!(sample.score.of(&q.answers[0], &q.answers), 1.0 / q.answers.len() as f64);
+            assert_eq!(lists.score.of(&q.answers.join(" and "), &list.answers), 1.0);
         }
     }
 

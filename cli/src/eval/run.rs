@@ -4,6 +4,7 @@ use super::arm::{Held, Outcome, Rig};
 use super::budget;
 use super::jsonl;
 use super::prompt::{Form, Style};
+use super::records;
 use super::report::{Report, Row};
 use super::sample::Sample;
 use super::score::Score;
@@ -19,6 +20,7 @@ use mneme_engine::memory::spec::MemorySpec;
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// Arguments of `mneme eval run`.
 #[derive(Parser)]
@@ -28,13 +30,15 @@ pub struct Args {
     /// Samples from a file instead: ours, RULER's or LongBench's format.
     #[arg(long, value_name = "FILE")]
     jsonl: Vec<PathBuf>,
-    /// Score of samples from files [default: by format].
+    /// How answers are scored [default: by task, of files by format]; `exact` asks for all of several
+    /// values in their order.
     #[arg(long, value_enum)]
     score: Option<Score>,
-    /// A memory to try, such as `full`, `window:window=256` or `nodes:decider=stride,stride=16`;
-    /// may be given many times [default: full, and the model's own].
-    #[arg(long, value_name = "MEMORY")]
-    arm: Vec<MemorySpec>,
+    /// A memory to try, such as `full`, `window:window=256` or `nodes:decider=stride,stride=16`,
+    /// and after an @ the file of another model to try it with: `gist@rival.gguf`; may be given
+    /// many times [default: full, and the model's own].
+    #[arg(long, value_name = "MEMORY[@FILE]")]
+    arm: Vec<Arm>,
     /// Try every arm with nodes at each of these values of one option: `tau=0.1,0.3,0.9`.
     #[arg(long, value_name = "OPTION=VALUES", value_parser = parse_sweep)]
     sweep: Option<Sweep>,
@@ -66,6 +70,39 @@ pub struct Args {
     cells: CellArgs,
 }
 
+/// A memory, and the model it reads with.
+#[derive(Clone, Debug)]
+struct Arm {
+    spec: MemorySpec,
+    /// Another model than that of the run.
+    file: Option<PathBuf>,
+}
+
+impl FromStr for Arm {
+    type Err = mneme_engine::Error;
+
+    fn from_str(text: &str) -> Result<Arm, Self::Err> {
+        let (spec, file) = match text.split_once('@') {
+            Some((spec, file)) => (spec, Some(PathBuf::from(file))),
+            None => (text, None),
+        };
+        Ok(Arm {
+            spec: spec.parse()?,
+            file,
+        })
+    }
+}
+
+impl Arm {
+    /// Its name in tables, with `spec` for its memory.
+    fn label(&self, spec: &MemorySpec) -> String {
+        match &self.file {
+            Some(file) => format!("{}@{}", spec.text, file.display()),
+            None => spec.text.clone(),
+        }
+    }
+}
+
 /// One option and its values.
 #[derive(Clone, Debug)]
 struct Sweep {
@@ -84,12 +121,15 @@ fn parse_sweep(text: &str) -> Result<Sweep> {
 }
 
 /// Arms after the sweep.
-fn arms(given: Vec<MemorySpec>, sweep: Option<&Sweep>) -> Vec<MemorySpec> {
+fn arms(given: Vec<Arm>, sweep: Option<&Sweep>) -> Vec<Arm> {
     let mut out = Vec::new();
     for arm in given {
         match sweep {
-            Some(sweep) if arm.name == "nodes" => {
-                let at = |v: &String| budget::with(&arm, &[(&sweep.key, v.clone())]);
+            Some(sweep) if arm.spec.name == "nodes" => {
+                let at = |v: &String| Arm {
+                    spec: budget::with(&arm.spec, &[(&sweep.key, v.clone())]),
+                    file: arm.file.clone(),
+                };
                 out.extend(sweep.values.iter().map(at));
             }
             _ => out.push(arm),
@@ -128,7 +168,13 @@ fn groups(args: &Args, rig: &Rig) -> Result<Vec<Group>> {
     let count = |s: &str| tokenizer.encode(s, false, false).len();
     for group in args.texts.groups() {
         let samples = (0..args.texts.n())
-            .map(|i| Ok(args.texts.sample(&group, i, &count)?.0))
+            .map(|i| {
+                let sample = args.texts.sample(&group, i, &count)?.0;
+                Ok(match args.score {
+                    Some(score) => records::scored(sample, score),
+                    None => sample,
+                })
+            })
             .collect::<Result<_>>()?;
         let length = if args.texts.filler.is_some() {
             0
@@ -144,11 +190,10 @@ fn groups(args: &Args, rig: &Rig) -> Result<Vec<Group>> {
     Ok(out)
 }
 
-/// Runs the command.
-pub fn run(args: &Args) -> Result<()> {
-    interrupt::watch();
-    let engine = args.model.load()?;
-    let mut rig = Rig {
+/// The model of `model` on its threads, ready to be asked.
+fn rig(args: &Args, model: &ModelArgs) -> Result<Rig> {
+    let engine = model.load()?;
+    Ok(Rig {
         form: Form::of(args.style, &engine.model.tokenizer)?,
         options: SequenceOptions {
             n_ctx: args.cells.ctx_size,
@@ -156,24 +201,48 @@ pub fn run(args: &Args) -> Result<()> {
         },
         n_predict: args.predict,
         engine,
-    };
+    })
+}
+
+/// Opens the models of other files that arms name behind `rigs`, which holds that of the run;
+/// returns which one each arm reads with.
+fn open_others(args: &Args, arms: &[Arm], rigs: &mut Vec<Rig>) -> Result<Vec<usize>> {
+    let mut files = vec![None];
+    let mut whose = Vec::new();
+    for arm in arms {
+        let at = files.iter().position(|f| *f == arm.file.as_ref());
+        whose.push(at.unwrap_or(files.len()));
+        if let (None, Some(file)) = (at, &arm.file) {
+            rigs.push(rig(args, &args.model.of(file))?);
+            files.push(Some(file));
+        }
+    }
+    Ok(whose)
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    interrupt::watch();
+    let mut rigs = vec![rig(args, &args.model)?];
     let given = match args.arm.is_empty() {
         false => args.arm.clone(),
         true => {
-            let mut arms = vec!["full".parse::<MemorySpec>()?];
-            let own = rig.engine.model.default_memory();
+            let mut specs = vec!["full".parse::<MemorySpec>()?];
+            let own = rigs[0].engine.model.default_memory();
             if own.name != "full" {
-                arms.push(own);
+                specs.push(own);
             }
-            arms
+            let arm = |spec| Arm { spec, file: None };
+            specs.into_iter().map(arm).collect()
         }
     };
     let arms = arms(given, args.sweep.as_ref());
-    for arm in &arms {
+    let whose = open_others(args, &arms, &mut rigs)?;
+    for (arm, &rig) in arms.iter().zip(&whose) {
         // Wrong descriptions are better refused before an hour of work.
-        rig.sequence(arm, 1)?;
+        rigs[rig].sequence(&arm.spec, 1)?;
     }
-    let first = arms.iter().position(|a| a.name == "nodes");
+    let first = arms.iter().position(|a| a.spec.name == "nodes");
     if args.equal_bytes && first.is_none() {
         bail!("--equal-bytes needs an arm with nodes to be equal to");
     }
@@ -187,13 +256,13 @@ pub fn run(args: &Args) -> Result<()> {
         }
     };
     let mut report = Report {
-        model: rig.engine.model.path.display().to_string(),
+        model: rigs[0].engine.model.path.display().to_string(),
         seed: args.jsonl.is_empty().then_some(args.texts.seed),
         equal_bytes: args.equal_bytes,
         rows: Vec::new(),
     };
-    for group in groups(args, &rig)? {
-        let (outcomes, used) = side_by_side(&mut rig, &arms, target, &group)?;
+    for group in groups(args, &rigs[0])? {
+        let (outcomes, used) = side_by_side(&mut rigs, &arms, &whose, target, &group)?;
         let questions = || group.samples.iter().flat_map(|s| &s.questions);
         let chance = questions().map(|q| q.chance).sum::<f64>() / questions().count().max(1) as f64;
         if let Some(file) = &mut answers {
@@ -202,7 +271,8 @@ pub fn run(args: &Args) -> Result<()> {
         let scored = group.samples.first().map_or(Score::Exact, |s| s.score);
         for ((arm, used), outcomes) in arms.iter().zip(&used).zip(&outcomes) {
             let key = (group.task.as_str(), group.length);
-            let names = (arm.text.as_str(), used.as_str());
+            let label = arm.label(&arm.spec);
+            let names = (label.as_str(), used.as_str());
             report
                 .rows
                 .push(Row::new(key, names, scored, chance, outcomes));
@@ -216,13 +286,14 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// What every arm did with every sample, and the memory each arm used on the first.
 fn side_by_side(
-    rig: &mut Rig,
-    arms: &[MemorySpec],
+    rigs: &mut [Rig],
+    arms: &[Arm],
+    whose: &[usize],
     target: Option<usize>,
     group: &Group,
 ) -> Result<(Vec<Vec<Outcome>>, Vec<String>)> {
     let mut outcomes: Vec<Vec<Outcome>> = arms.iter().map(|_| Vec::new()).collect();
-    let mut used: Vec<String> = arms.iter().map(|a| a.text.clone()).collect();
+    let mut used: Vec<String> = arms.iter().map(|a| a.label(&a.spec)).collect();
     // The arm the others are equal to goes first on every sample.
     let mut order: Vec<usize> = (0..arms.len()).collect();
     if let Some(first) = target {
@@ -234,9 +305,10 @@ fn side_by_side(
     for (n, sample) in group.samples.iter().enumerate() {
         let mut size: Option<Held> = None;
         for &i in &order {
+            let rig = &mut rigs[whose[i]];
             let spec = match &size {
-                Some(held) => rig.equal(&arms[i], held, sample)?,
-                None => arms[i].clone(),
+                Some(held) => rig.equal(&arms[i].spec, held, sample)?,
+                None => arms[i].spec.clone(),
             };
             let (_, outcome) = rig.run(&spec, sample, &mut |tokens| {
                 done += tokens as u64;
@@ -246,7 +318,7 @@ fn side_by_side(
                 // How much there is to read is known when every arm has read once.
                 all += outcome.held.n_tokens as u64 * texts;
                 bar.set_len(all);
-                used[i] = spec.text.clone();
+                used[i] = arms[i].label(&spec);
             }
             if Some(i) == target {
                 size = Some(outcome.held);
@@ -260,7 +332,7 @@ fn side_by_side(
 fn write_answers(
     out: &mut impl Write,
     group: &Group,
-    arms: &[MemorySpec],
+    arms: &[Arm],
     outcomes: &[Vec<Outcome>],
 ) -> std::io::Result<()> {
     for (n, sample) in group.samples.iter().enumerate() {
@@ -270,7 +342,7 @@ fn write_answers(
                     "task": group.task,
                     "length": group.length,
                     "text": n,
-                    "arm": arm.text,
+                    "arm": arm.label(&arm.spec),
                     "question": q.text,
                     "answers": q.answers,
                     "got": reply.text,
@@ -310,14 +382,15 @@ mod tests {
 
     #[test]
     fn a_sweep_multiplies_the_arms_with_nodes() {
-        let specs = ["full", "nodes:tau=0.9", "window:window=8"];
-        let given: Vec<MemorySpec> = specs.iter().map(|s| s.parse().unwrap()).collect();
+        let specs = ["full", "nodes:tau=0.9", "window:window=8@other.gguf"];
+        let given: Vec<Arm> = specs.iter().map(|s| s.parse().unwrap()).collect();
         let sweep = parse_sweep("tau=0.1, 0.5").unwrap();
-        let texts =
-            |arms: Vec<MemorySpec>| -> Vec<String> { arms.into_iter().map(|a| a.text).collect() };
+        let texts = |arms: Vec<Arm>| -> Vec<String> {
+            arms.iter().map(|a| a.label(&a.spec)).collect()
+        };
         assert_eq!(
             texts(arms(given.clone(), Some(&sweep))),
-            ["full", "nodes:tau=0.1", "nodes:tau=0.5", "window:window=8"]
+            ["full", "nodes:tau=0.1", "nodes:tau=0.5", "window:window=8@other.gguf"]
         );
         assert_eq!(texts(arms(given, None)), specs);
         for bad in ["tau", "tau=", "=1"] {
