@@ -60,9 +60,14 @@ fn main() {
     for ty in [
         WeightType::Q8_0,
         WeightType::Q4_0,
+        WeightType::Q4_1,
+        WeightType::Q5_0,
+        WeightType::Q5_1,
+        WeightType::IQ4_NL,
         WeightType::Q4_K,
         WeightType::Q5_K,
         WeightType::Q6_K,
+        WeightType::IQ4_XS,
         WeightType::F16,
         WeightType::BF16,
         WeightType::F32,
@@ -114,8 +119,12 @@ fn weights(ty: WeightType, n_rows: usize, n_cols: usize) -> Vec<u8> {
             WeightType::F32 => block.copy_from_slice(&0.01f32.to_le_bytes()),
             WeightType::F16 => block.copy_from_slice(&scale),
             WeightType::BF16 => block.copy_from_slice(&half::bf16::from_f32(0.01).to_le_bytes()),
-            WeightType::Q8_0 | WeightType::Q4_0 => block[..2].copy_from_slice(&scale),
-            WeightType::Q4_K | WeightType::Q5_K => {
+            WeightType::Q8_0
+            | WeightType::Q4_0
+            | WeightType::Q5_0
+            | WeightType::IQ4_NL
+            | WeightType::IQ4_XS => block[..2].copy_from_slice(&scale),
+            WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&scale);
                 block[2..4].copy_from_slice(&scale);
             }

@@ -117,9 +117,14 @@ pub(super) fn weight_type(ty: GgmlType) -> Option<WeightType> {
         GgmlType::BF16 => WeightType::BF16,
         GgmlType::Q8_0 => WeightType::Q8_0,
         GgmlType::Q4_0 => WeightType::Q4_0,
+        GgmlType::Q4_1 => WeightType::Q4_1,
+        GgmlType::Q5_0 => WeightType::Q5_0,
+        GgmlType::Q5_1 => WeightType::Q5_1,
+        GgmlType::IQ4_NL => WeightType::IQ4_NL,
         GgmlType::Q4_K => WeightType::Q4_K,
         GgmlType::Q5_K => WeightType::Q5_K,
         GgmlType::Q6_K => WeightType::Q6_K,
+        GgmlType::IQ4_XS => WeightType::IQ4_XS,
         _ => return None,
     })
 }
@@ -127,8 +132,6 @@ pub(super) fn weight_type(ty: GgmlType) -> Option<WeightType> {
 /// The types that run on another type's kernels, after being restated in it.
 pub(super) fn restated(ty: GgmlType) -> Option<Restated> {
     Some(match ty {
-        GgmlType::Q5_0 => Restated::Q5_0,
-        GgmlType::IQ4_NL => Restated::IQ4_NL,
         GgmlType::Q3_K => Restated::Q3_K,
         _ => return None,
     })

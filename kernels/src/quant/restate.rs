@@ -1,33 +1,22 @@
 //! Types that another type can state exactly.
 //!
-//! Q5_0 and IQ4_NL are an F16 scale and 32 small integers per block, and so is Q8_0; Q3_K is Q6_K
-//! with integers of three bits. The same numbers in other bytes: matrices of these types are
-//! restated when they are loaded and run on the other type's kernels, at the price of its bytes.
+//! Q3_K is Q6_K with integers of three bits. The same numbers in other bytes: matrices of such types
+//! are restated when they are loaded and run on the other type's kernels, at the price of its bytes.
 
-use super::{BlockQ6K, BlockQ8_0, WeightType};
+use super::{BlockQ6K, WeightType};
 
 /// A type that is restated as a [`WeightType`].
 #[allow(non_camel_case_types)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Restated {
-    /// As Q8_0.
-    Q5_0,
-    /// As Q8_0.
-    IQ4_NL,
     /// As Q6_K.
     Q3_K,
 }
-
-/// The 16 values an IQ4_NL nibble stands for (the format's table).
-const IQ4_NL: [i8; 16] = [
-    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
-];
 
 impl Restated {
     /// What it becomes: a type of the same numbers per block.
     pub fn weight_type(self) -> WeightType {
         match self {
-            Restated::Q5_0 | Restated::IQ4_NL => WeightType::Q8_0,
             Restated::Q3_K => WeightType::Q6_K,
         }
     }
@@ -35,9 +24,7 @@ impl Restated {
     /// Bytes of a block in a file.
     pub fn block_bytes(self) -> usize {
         match self {
-            Restated::Q5_0 => 22,   // the scale, 32 high bits, 32 nibbles
-            Restated::IQ4_NL => 18, // the scale, 32 nibbles
-            Restated::Q3_K => 110,  // 256 high bits, 256 pairs of low bits, 16 scales of 6 bits, d
+            Restated::Q3_K => 110, // 256 high bits, 256 pairs of low bits, 16 scales of 6 bits, d
         }
     }
 
@@ -55,30 +42,8 @@ impl Restated {
         );
         let blocks = bytes.chunks_exact(from).zip(out.chunks_exact_mut(to));
         match self {
-            Restated::Q5_0 => blocks.for_each(|(block, out)| q5_0(block, out)),
-            Restated::IQ4_NL => blocks.for_each(|(block, out)| iq4_nl(block, out)),
             Restated::Q3_K => blocks.for_each(|(block, out)| q3_k(block, out)),
         }
-    }
-}
-
-fn q5_0(block: &[u8], out: &mut [u8]) {
-    const { assert!(BlockQ8_0::BYTES == 34) };
-    out[..2].copy_from_slice(&block[..2]);
-    let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
-    let (low, q) = (&block[6..22], &mut out[2..34]);
-    for i in 0..16 {
-        let bit = |i: usize| ((high >> i) & 1) as u8;
-        q[i] = ((low[i] & 15) | bit(i) << 4).wrapping_sub(16);
-        q[i + 16] = ((low[i] >> 4) | bit(i + 16) << 4).wrapping_sub(16);
-    }
-}
-
-fn iq4_nl(block: &[u8], out: &mut [u8]) {
-    out[..2].copy_from_slice(&block[..2]);
-    for i in 0..16 {
-        out[2 + i] = IQ4_NL[usize::from(block[2 + i] & 15)] as u8;
-        out[18 + i] = IQ4_NL[usize::from(block[2 + i] >> 4)] as u8;
     }
 }
 

@@ -6,7 +6,10 @@ use half::{bf16, f16};
 use mneme_kernels::dispatch::Isa;
 use mneme_kernels::mul_mat::{Error, Packed, WeightType, mul_mat};
 use mneme_kernels::pool::Pool;
-use mneme_kernels::quant::{BlockQ4_0, BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8_0, dequantize_row};
+use mneme_kernels::quant::{
+    BlockIQ4NL, BlockIQ4XS, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K,
+    BlockQ6K, BlockQ8_0, IQ4_VALUES, dequantize_row,
+};
 use proptest::prelude::*;
 use rand::{Rng, RngExt};
 
@@ -33,8 +36,12 @@ fn weights(
                 let v = bf16::from_f32(scale * rng.random_range(-1.0f32..1.0));
                 block.copy_from_slice(&v.to_le_bytes());
             }
-            WeightType::Q8_0 | WeightType::Q4_0 => block[..2].copy_from_slice(&d),
-            WeightType::Q4_K | WeightType::Q5_K => {
+            WeightType::Q8_0
+            | WeightType::Q4_0
+            | WeightType::Q5_0
+            | WeightType::IQ4_NL
+            | WeightType::IQ4_XS => block[..2].copy_from_slice(&d),
+            WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&d);
                 let dmin = f16::from_f32(scale * rng.random_range(-1.0f32..1.0));
                 block[2..4].copy_from_slice(&dmin.to_le_bytes());
@@ -99,6 +106,47 @@ fn model(ty: WeightType, row: &[u8], x: &[f32]) -> f32 {
                 acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
             }
         }
+        WeightType::Q5_0 => {
+            for (b, x) in blocks {
+                let (b, (dx, q)) = (BlockQ5_0::read(b), quantize(x));
+                let sum = dot(b.q.iter().map(|&w| w as i32 - 16), &q);
+                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
+            }
+        }
+        WeightType::IQ4_NL => {
+            for (b, x) in blocks {
+                let (b, (dx, q)) = (BlockIQ4NL::read(b), quantize(x));
+                let sum = dot(b.q.iter().map(|&w| IQ4_VALUES[w as usize] as i32), &q);
+                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
+            }
+        }
+        WeightType::Q4_1 | WeightType::Q5_1 => {
+            for (b, x) in blocks {
+                let (dx, q) = quantize(x);
+                let (d, m, w) = if ty == WeightType::Q4_1 {
+                    let b = BlockQ4_1::read(b);
+                    (b.d, b.m, b.q)
+                } else {
+                    let b = BlockQ5_1::read(b);
+                    (b.d, b.m, b.q)
+                };
+                let sum = dot(w.iter().map(|&w| w as i32), &q);
+                acc = (sum as f32).mul_add(d.to_f32() * dx, acc);
+                acc = m.to_f32().mul_add(dx * q.iter().sum::<i32>() as f32, acc);
+            }
+        }
+        WeightType::IQ4_XS => {
+            for (b, x) in blocks {
+                let (b, (dx, q)) = (BlockIQ4XS::read(b), quantize(x));
+                let mut sum = 0;
+                for (s, q) in q.chunks_exact(32).enumerate() {
+                    let w = b.q[32 * s..].iter();
+                    let w = w.map(|&w| IQ4_VALUES[w as usize] as i32);
+                    sum += b.scale[s] as i32 * dot(w, q);
+                }
+                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
+            }
+        }
         WeightType::Q4_K | WeightType::Q5_K => {
             for (b, x) in blocks {
                 let (dx, q) = quantize(x);
@@ -151,13 +199,15 @@ fn bound(ty: WeightType, row: &[u8], x: &[f32]) -> f64 {
         }
         // These add the scaled quants and take the minima away, each larger than the weights.
         let minima = match ty {
+            WeightType::Q4_1 => Some(BlockQ4_1::read(&row[20 * i..])).map(|b| (b.m, [1; 8])),
+            WeightType::Q5_1 => Some(BlockQ5_1::read(&row[24 * i..])).map(|b| (b.m, [1; 8])),
             WeightType::Q4_K => Some(BlockQ4K::read(&row[144 * i..])).map(|b| (b.dmin, b.min)),
             WeightType::Q5_K => Some(BlockQ5K::read(&row[176 * i..])).map(|b| (b.dmin, b.min)),
             _ => None,
         };
         let largest = minima.map_or(0.0, |(dmin, min)| {
             let min = min.iter().max().expect("eight").to_owned();
-            256.0 * 2.0 * f64::from(dmin.to_f32().abs()) * f64::from(min)
+            block_len as f64 * 2.0 * f64::from(dmin.to_f32().abs()) * f64::from(min)
         });
         magnitude += f64::from(max) * (sum + largest);
     }
