@@ -466,10 +466,9 @@ unsafe fn neg128(sum: *const i16) -> __m512i {
 unsafe fn iq4_xs_quants(block: *const u8, s: usize) -> ([__m512i; 8], __m512i) {
     // SAFETY: a whole block by the caller's promise.
     unsafe {
-        let nibbles = mul_mat_32::nibbles(block.add(4 * s * VECTOR));
         let scales = load(block.add(IQ4_XS_SCALES), s / 4);
-        let w = nibbles.map(|w| mul_mat_32::look_up::<128>(w));
-        (w, q6_k_scale(scales, s % 4))
+        let words = mul_mat_32::iq4_quants(block.add(4 * s * VECTOR));
+        (words, q6_k_scale(scales, s % 4))
     }
 }
 

@@ -127,7 +127,7 @@ pub(super) unsafe fn tile<const T: usize>(
 /// Four vectors of Q4_0's words as eight of one quant a byte.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn nibbles(words: *const u8) -> [__m512i; 8] {
+unsafe fn nibbles(words: *const u8) -> [__m512i; 8] {
     let low = _mm512_set1_epi8(15);
     std::array::from_fn(|j| {
         // SAFETY: four vectors by the caller's promise.
@@ -137,14 +137,27 @@ pub(super) unsafe fn nibbles(words: *const u8) -> [__m512i; 8] {
     })
 }
 
-/// The values of places in IQ4_NL's table, zero at `ZERO` (modulo 256).
+/// IQ4_NL's values plus 128.
+const VALUES: [u8; 16] = {
+    let mut values = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        values[i] = (IQ4_VALUES[i] as u8).wrapping_add(128);
+        i += 1;
+    }
+    values
+};
+
+/// Four vectors of Q4_0's words, places in IQ4_NL's table, as eight of bytes with zero at 128.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn look_up<const ZERO: i32>(places: __m512i) -> __m512i {
-    let values = IQ4_VALUES.map(|v| v.wrapping_add(ZERO as i8));
-    // SAFETY: 16 values.
-    let values = unsafe { _mm_loadu_si128(values.as_ptr().cast()) };
-    _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), places)
+pub(super) unsafe fn iq4_quants(words: *const u8) -> [__m512i; 8] {
+    // SAFETY: 16 values; four vectors by the caller's promise.
+    unsafe {
+        let values = _mm512_broadcast_i32x4(_mm_loadu_si128(VALUES.as_ptr().cast()));
+        let places = nibbles(words);
+        std::array::from_fn(|j| _mm512_shuffle_epi8(values, places[j]))
+    }
 }
 
 /// The block of words at `words`, one unsigned quant a byte.
@@ -163,7 +176,7 @@ unsafe fn quants<const WORDS: u8>(words: *const u8) -> [__m512i; 8] {
                 let (low, high) = (nibbles(words), load(words.add(Q5_0_HIGH), 0));
                 std::array::from_fn(|j| _mm512_or_si512(low[j], fifth_bits(high, j)))
             }
-            IQ4_NL => nibbles(words).map(|w| look_up::<128>(w)),
+            IQ4_NL => iq4_quants(words),
             _ => nibbles(words),
         }
     }
