@@ -64,6 +64,8 @@ fn main() {
         WeightType::Q5_0,
         WeightType::Q5_1,
         WeightType::IQ4_NL,
+        WeightType::Q2_K,
+        WeightType::Q3_K,
         WeightType::Q4_K,
         WeightType::Q5_K,
         WeightType::Q6_K,
@@ -128,6 +130,11 @@ fn weights(ty: WeightType, n_rows: usize, n_cols: usize) -> Vec<u8> {
                 block[..2].copy_from_slice(&scale);
                 block[2..4].copy_from_slice(&scale);
             }
+            WeightType::Q2_K => {
+                block[80..82].copy_from_slice(&scale);
+                block[82..].copy_from_slice(&scale);
+            }
+            WeightType::Q3_K => block[108..].copy_from_slice(&scale),
             WeightType::Q6_K => block[208..].copy_from_slice(&scale),
         }
     }

@@ -3,9 +3,10 @@
 use crate::mul_mat::activations::{GROUP, Group, Quants};
 use crate::mul_mat::buffer::Buffer;
 use crate::mul_mat::layout::{
-    IQ4_XS_BLOCK, IQ4_XS_SCALES, Q4_1_BLOCK, Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_0_BLOCK,
-    Q5_0_HIGH, Q5_1_BLOCK, Q5_K_BLOCK, Q5_K_HIGH, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR,
-    scales_offset, scales_step,
+    IQ4_XS_BLOCK, IQ4_XS_SCALES, Q2_K_BLOCK, Q2_K_D, Q2_K_SCALES, Q3_K_BLOCK, Q3_K_HIGH,
+    Q3_K_SCALES, Q4_1_BLOCK, Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_0_BLOCK, Q5_0_HIGH, Q5_1_BLOCK,
+    Q5_K_BLOCK, Q5_K_HIGH, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR, scales_offset,
+    scales_step,
 };
 use crate::quant::WeightType;
 use half::f16;
@@ -55,13 +56,13 @@ pub(crate) struct Unpacked {
     /// `[64][16]` words of four quants: signed for Q8_0, Q5_0 and the IQ4 types, else unsigned.
     /// (AVX-512 unpacks by itself, all types into unsigned bytes.)
     pub(crate) words: [[u8; VECTOR]; 64],
-    /// K types: scales of the sub-blocks.
+    /// Blocks of 256: scales of the sub-blocks.
     pub(crate) scales: [[i32; ROWS]; 16],
-    /// Q4_K, Q5_K: minima of sub-blocks `2i` and `2i + 1`, side by side for each row.
-    pub(crate) mins: [[i16; 2 * ROWS]; 4],
-    /// Scale of each block; K types have one block.
+    /// Q2_K, Q4_K, Q5_K: minima of sub-blocks `2i` and `2i + 1`, side by side for each row.
+    pub(crate) mins: [[i16; 2 * ROWS]; 8],
+    /// Scale of each block; types with blocks of 256 have one.
     pub(crate) d: [[f32; ROWS]; 8],
-    /// Q4_K, Q5_K: scale of the minima.
+    /// Q2_K, Q4_K, Q5_K: scale of the minima.
     pub(crate) dmin: [f32; ROWS],
     /// Q4_1, Q5_1: minimum of each block.
     pub(crate) m: [[f32; ROWS]; 8],
@@ -169,7 +170,7 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked, look_up
         }
     };
     for (i, b) in blocks.enumerate() {
-        if !matches!(p.ty, WeightType::Q4_K | WeightType::Q5_K) {
+        if p.ty.sub_minima() == 0 {
             let scales = p.scales().wrapping_add(scales_step(p.ty) * b);
             halves(scales, &mut to.d[i]);
             if p.ty.has_minima() {
@@ -224,6 +225,33 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked, look_up
                         to.scales[s][r] = i32::from(scales[4 * r + s % 4] as i8);
                     }
                 }
+            }
+            WeightType::Q2_K => {
+                let block = p.bytes.wrapping_add(b * Q2_K_BLOCK);
+                unpack_pairs(block, to, vector);
+                for s in 0..16 {
+                    let bytes = vector(block.wrapping_add(Q2_K_SCALES + s / 4 * VECTOR));
+                    for r in 0..ROWS {
+                        let byte = bytes[4 * r + s % 4];
+                        to.scales[s][r] = i32::from(byte & 15);
+                        to.mins[s / 2][2 * r + s % 2] = i16::from(byte >> 4);
+                    }
+                }
+                halves(block.wrapping_add(Q2_K_D), &mut to.d[0]);
+                halves(block.wrapping_add(Q2_K_D + 2 * ROWS), &mut to.dmin);
+            }
+            WeightType::Q3_K => {
+                let block = p.bytes.wrapping_add(b * Q3_K_BLOCK);
+                unpack_pairs(block, to, vector);
+                for j in 0..8 {
+                    let high = vector(block.wrapping_add(Q3_K_HIGH + j * VECTOR));
+                    for s in 0..8 {
+                        for (w, h) in to.words[8 * s + j].iter_mut().zip(high) {
+                            *w += 28 + (((h >> s) & 1) << 2);
+                        }
+                    }
+                }
+                signed_scales(block.wrapping_add(Q3_K_SCALES), to, vector);
             }
             WeightType::Q4_K => {
                 unpack_q4_k(p.bytes.wrapping_add(b * Q4_K_BLOCK), to, vector, halves)
@@ -307,10 +335,35 @@ fn unpack_q6_k<'a>(
             }
         }
     }
+    signed_scales(block.wrapping_add(Q6_K_SCALES), to, vector);
+}
+
+/// Four vectors of 16 signed scales a row.
+#[inline(always)]
+fn signed_scales<'a>(
+    words: *const u8,
+    to: &mut Unpacked,
+    vector: impl Fn(*const u8) -> &'a [u8; VECTOR],
+) {
     for s in 0..16 {
-        let scales = vector(block.wrapping_add(Q6_K_SCALES + s / 4 * VECTOR));
+        let scales = vector(words.wrapping_add(s / 4 * VECTOR));
         for r in 0..ROWS {
             to.scales[s][r] = i32::from(scales[4 * r + s % 4] as i8);
+        }
+    }
+}
+
+/// 16 vectors of words of four pairs of bits become 64 of one quant a byte.
+#[inline(always)]
+fn unpack_pairs<'a>(
+    block: *const u8,
+    to: &mut Unpacked,
+    vector: impl Fn(*const u8) -> &'a [u8; VECTOR],
+) {
+    for i in 0..16 {
+        let v = vector(block.wrapping_add(i * VECTOR));
+        for run in 0..4 {
+            to.words[i / 8 * 32 + 8 * run + i % 8] = v.map(|v| (v >> (2 * run)) & 3);
         }
     }
 }

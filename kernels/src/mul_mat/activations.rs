@@ -36,8 +36,9 @@ pub(crate) struct Quants {
     dsum: Vec<f32>,
     /// Blocks of 256: `-32 * sum(q)` of each 16, `[n_blocks][width][16]`.
     neg32: Vec<i32>,
-    /// Blocks of 256: `sum(q)` of each 32, `[n_blocks][width][8]`.
+    /// Blocks of 256: `sum(q)` of each 32, `[n_blocks][width][8]`, and of each 16.
     sum32: Vec<i16>,
+    sum16: Vec<i16>,
 }
 
 /// One group's data from one token on. Pointers step by `width` tokens per block (of 64 bytes
@@ -52,6 +53,7 @@ pub(crate) struct Group {
     pub(crate) dsum: *const f32,
     pub(crate) neg32: *const i32,
     pub(crate) sum32: *const i16,
+    pub(crate) sum16: *const i16,
 }
 
 impl Quants {
@@ -69,6 +71,7 @@ impl Quants {
             dsum: Vec::new(),
             neg32: Vec::new(),
             sum32: Vec::new(),
+            sum16: Vec::new(),
         }
     }
 
@@ -94,6 +97,7 @@ impl Quants {
         } else {
             self.neg32.resize(n * 16, 0);
             self.sum32.resize(n * 8, 0);
+            self.sum16.resize(n * 16, 0);
         }
         let parts = Parts {
             q: SplitMut::new(&mut self.q),
@@ -103,6 +107,7 @@ impl Quants {
             dsum: SplitMut::new(&mut self.dsum),
             neg32: SplitMut::new(&mut self.neg32),
             sum32: SplitMut::new(&mut self.sum32),
+            sum16: SplitMut::new(&mut self.sum16),
         };
         let (row_bytes, n_blocks, block_len) = (self.row, self.n_blocks, self.block_len);
         let grain = (16 * 1024 / n_cols.max(1)).max(1);
@@ -139,6 +144,7 @@ impl Quants {
             dsum: self.dsum[of32..].as_ptr(),
             neg32: self.neg32[16 * of256..].as_ptr(),
             sum32: self.sum32[8 * of256..].as_ptr(),
+            sum16: self.sum16[16 * of256..].as_ptr(),
         }
     }
 }
@@ -162,6 +168,7 @@ impl Group {
                 dsum: self.dsum.wrapping_add(t),
                 neg32: self.neg32.wrapping_add(16 * t),
                 sum32: self.sum32.wrapping_add(8 * t),
+                sum16: self.sum16.wrapping_add(16 * t),
             }
         }
     }
@@ -176,6 +183,7 @@ pub(crate) struct Parts<'a> {
     dsum: SplitMut<'a, f32>,
     neg32: SplitMut<'a, i32>,
     sum32: SplitMut<'a, i16>,
+    sum16: SplitMut<'a, i16>,
 }
 
 /// Where one token's blocks go.
@@ -234,8 +242,10 @@ impl Place {
             parts.d.part(i..i + 1)[0] = d;
             let neg32 = parts.neg32.part(16 * i..16 * (i + 1));
             let sum32 = parts.sum32.part(8 * i..8 * (i + 1));
+            let sum16 = parts.sum16.part(16 * i..16 * (i + 1));
             for j in 0..16 {
                 neg32[j] = sums[j].wrapping_mul(-32);
+                sum16[j] = sums[j] as i16;
             }
             for j in 0..8 {
                 sum32[j] = sums[2 * j].wrapping_add(sums[2 * j + 1]) as i16;

@@ -14,6 +14,10 @@
 //!   column `4j + k`; after all blocks `[n][16]` F16 scales.
 //! - Q4_1: per block Q4_0's words, `[16]` F16 `d`, `[16]` F16 `m`. Q5_1: the same with Q5_0's high
 //!   bits after the words.
+//! - Q2_K: per block `[16][16]` words of quants, `[4][16]` words of scales and minima as in the file,
+//!   `[16]` F16 `d`, `[16]` F16 `dmin`.
+//! - Q3_K: per block `[16][16]` words of low bits, `[8][16]` of high bits, `[4][16]` of signed scales;
+//!   after all blocks `[n][16]` F16 `d`.
 //! - Q4_K: per block `[32][16]` words of quants (word `8p + j`: columns `64p + 4j..` low and
 //!   `64p + 32 + 4j..` high), `[3][16]` words of 6-bit scales and minima as in the file,
 //!   `[16]` F16 `d`, `[16]` F16 `dmin`.
@@ -24,7 +28,7 @@
 //! - IQ4_XS: per block Q4_0's words eight times, `[2][16]` words of signed scales; after all blocks
 //!   `[n][16]` F16 `d`.
 
-use crate::quant::{WeightType, iq4_xs};
+use crate::quant::{WeightType, iq4_xs, q3_k};
 use std::ops::Range;
 
 /// Rows of a panel: 32-bit lanes of a 512-bit vector.
@@ -52,11 +56,19 @@ pub(crate) const Q5_1_BLOCK: usize = 6 * VECTOR;
 pub(crate) const Q5_0_BLOCK: usize = 5 * VECTOR;
 /// Where Q5_0 and Q5_1 blocks keep their high bits.
 pub(crate) const Q5_0_HIGH: usize = 4 * VECTOR;
+/// Q2_K block of a panel, and where it keeps its scales and minima, and `d` and `dmin`.
+pub(crate) const Q2_K_BLOCK: usize = 21 * VECTOR;
+pub(crate) const Q2_K_SCALES: usize = 16 * VECTOR;
+pub(crate) const Q2_K_D: usize = 20 * VECTOR;
+/// Q3_K block of a panel without its `d`, and where it keeps its high bits and its scales.
+pub(crate) const Q3_K_BLOCK: usize = 28 * VECTOR;
+pub(crate) const Q3_K_HIGH: usize = 16 * VECTOR;
+pub(crate) const Q3_K_SCALES: usize = 24 * VECTOR;
 /// IQ4_XS block of a panel without its `d`, and where it keeps its scales.
 pub(crate) const IQ4_XS_BLOCK: usize = 34 * VECTOR;
 pub(crate) const IQ4_XS_SCALES: usize = 32 * VECTOR;
 
-/// Where the F16 scales of a panel begin (all types but Q4_K and Q5_K).
+/// Where the F16 scales of a panel begin (all types but Q2_K, Q4_K and Q5_K).
 pub(crate) fn scales_offset(ty: WeightType, n_cols: usize) -> usize {
     match ty {
         WeightType::Q8_0 => n_cols / 32 * 8 * VECTOR,
@@ -64,6 +76,7 @@ pub(crate) fn scales_offset(ty: WeightType, n_cols: usize) -> usize {
         WeightType::Q5_0 => n_cols / 32 * Q5_0_BLOCK,
         WeightType::Q4_1 => Q4_1_BLOCK - VECTOR,
         WeightType::Q5_1 => Q5_1_BLOCK - VECTOR,
+        WeightType::Q3_K => n_cols / 256 * Q3_K_BLOCK,
         WeightType::Q6_K => n_cols / 256 * Q6_K_BLOCK,
         WeightType::IQ4_XS => n_cols / 256 * IQ4_XS_BLOCK,
         _ => 0,
@@ -92,6 +105,8 @@ pub(crate) fn panel_bytes(ty: WeightType, n_cols: usize) -> Option<usize> {
         WeightType::Q4_1 => Q4_1_BLOCK,
         WeightType::Q5_0 => Q5_0_BLOCK + 2 * ROWS,
         WeightType::Q5_1 => Q5_1_BLOCK,
+        WeightType::Q2_K => Q2_K_BLOCK,
+        WeightType::Q3_K => Q3_K_BLOCK + 2 * ROWS,
         WeightType::Q4_K => Q4_K_BLOCK,
         WeightType::Q5_K => Q5_K_BLOCK,
         WeightType::Q6_K => Q6_K_BLOCK + 2 * ROWS,
@@ -166,6 +181,21 @@ fn pack_blocks(
             words(&by_column(&b[4..8]), r, &mut out[Q5_0_HIGH..]);
             half_at(b, 0, r, &mut out[scales..]);
             half_at(&b[2..], 1, r, &mut out[scales..]);
+        }),
+        WeightType::Q2_K => blocks.for_each(|(i, b)| {
+            let out = &mut panel[i * Q2_K_BLOCK..(i + 1) * Q2_K_BLOCK];
+            words(&b[16..80], r, out);
+            words(&b[..16], r, &mut out[Q2_K_SCALES..]);
+            half_at(&b[80..], 0, r, &mut out[Q2_K_D..]);
+            half_at(&b[82..], 1, r, &mut out[Q2_K_D..]);
+        }),
+        WeightType::Q3_K => blocks.for_each(|(i, b)| {
+            let out = &mut panel[i * Q3_K_BLOCK..];
+            words(&b[32..96], r, out);
+            words(&b[..32], r, &mut out[Q3_K_HIGH..]);
+            let steps = q3_k::scales(b).map(|scale| scale as u8);
+            words(&steps, r, &mut out[Q3_K_SCALES..]);
+            half_at(&b[108..], i, r, &mut panel[scales..]);
         }),
         WeightType::Q4_K => blocks.for_each(|(i, b)| {
             let out = &mut panel[i * Q4_K_BLOCK..(i + 1) * Q4_K_BLOCK];

@@ -37,6 +37,11 @@ fn weights(
                 block[..2].copy_from_slice(&d);
                 block[2..4].copy_from_slice(&f16::from_f32(number()).to_le_bytes());
             }
+            WeightType::Q2_K => {
+                block[80..82].copy_from_slice(&d);
+                block[82..].copy_from_slice(&f16::from_f32(number()).to_le_bytes());
+            }
+            WeightType::Q3_K => block[108..].copy_from_slice(&d),
             WeightType::Q6_K => block[208..].copy_from_slice(&d),
         }
         bytes.extend(block);
@@ -66,6 +71,7 @@ fn is_f16(ty: WeightType) -> bool {
             | WeightType::BF16
             | WeightType::Q4_1
             | WeightType::Q5_1
+            | WeightType::Q2_K
             | WeightType::Q5_K
             | WeightType::IQ4_XS
     )

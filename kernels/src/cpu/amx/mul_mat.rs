@@ -9,8 +9,10 @@
 
 use crate::cpu::avx512;
 use crate::cpu::avx512::mul_mat::{
-    end, end_min, halves, load, min_sum, put, store_all, unpack_iq4_xs, unpack_q4_k, unpack_q6_k,
+    end, end_min, halves, load, put, store_all, unpack_iq4_xs, unpack_q4_k, unpack_q6_k,
+    unpacked_min_sum,
 };
+use crate::cpu::avx512::mul_mat_2_bit;
 use crate::cpu::avx512::mul_mat_32::{self, add_minimum};
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
 use crate::mul_mat::activations::{GROUP, Group, Quants};
@@ -110,13 +112,16 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
                 match p.ty {
                     WeightType::Q4_K => unpack_q4_k::<false>(p.bytes.add(b * Q4_K_BLOCK), unpacked),
                     WeightType::Q5_K => unpack_q4_k::<true>(p.bytes.add(b * Q5_K_BLOCK), unpacked),
+                    WeightType::Q2_K => mul_mat_2_bit::unpack::<false>(p, b, unpacked),
+                    WeightType::Q3_K => mul_mat_2_bit::unpack::<true>(p, b, unpacked),
                     WeightType::Q6_K => {
                         unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked);
                     }
                     _ => unpack_iq4_xs(p.bytes.add(b * IQ4_XS_BLOCK), p.scales(), b, unpacked),
                 }
                 match p.ty {
-                    WeightType::Q6_K => split::<4, 32>(work),
+                    WeightType::Q2_K => split::<4, 0>(work),
+                    WeightType::Q3_K | WeightType::Q6_K => split::<4, 32>(work),
                     WeightType::IQ4_XS => split::<8, 128>(work),
                     _ => split::<8, 0>(work),
                 }
@@ -129,10 +134,10 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
                         fetch_group(&x_all.group(next), 256 * b..256 * (b + 1));
                     }
                     for (i, acc) in pair.iter_mut().enumerate() {
-                        if p.ty.has_minima() {
-                            finish_256::<true>(work, i, b, x[i], acc);
-                        } else {
-                            finish_256::<false>(work, i, b, x[i], acc);
+                        match p.ty.sub_minima() {
+                            0 => finish_256::<0>(work, i, b, x[i], acc),
+                            8 => finish_256::<4>(work, i, b, x[i], acc),
+                            _ => finish_256::<8>(work, i, b, x[i], acc),
                         }
                     }
                     g += pair.len();
@@ -440,13 +445,13 @@ unsafe fn multiply_256(work: &mut Work, b: usize, x: &[Group]) {
     }
 }
 
-/// Adds group `i`'s products of block `b` to its sums.
+/// Adds group `i`'s products of block `b` to its sums, with `PAIRS` pairs of minima.
 ///
 /// # Safety
 /// The instruction set must be there; `b` must be a block of the group.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn finish_256<const MINIMA: bool>(
+unsafe fn finish_256<const PAIRS: usize>(
     work: &Work,
     i: usize,
     b: usize,
@@ -458,7 +463,6 @@ unsafe fn finish_256<const MINIMA: bool>(
     unsafe {
         let d = _mm512_loadu_ps(w.d[0].as_ptr());
         let dmin = _mm512_loadu_ps(w.dmin.as_ptr());
-        let mins = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
         for (t, acc) in acc.iter_mut().enumerate().take(x.width) {
             let low = load(work.sums[0][2 * i][t].as_ptr().cast(), 0);
             let high = load(work.sums[0][2 * i + 1][t].as_ptr().cast(), 0);
@@ -466,8 +470,8 @@ unsafe fn finish_256<const MINIMA: bool>(
             let at = b * x.width + t;
             let dx = _mm512_set1_ps(*x.d.add(at));
             let mut a = end(_mm512_loadu_ps(acc.as_ptr()), sum, d, dx);
-            if MINIMA {
-                a = end_min(a, min_sum(&mins, x.sum32.add(8 * at)), dmin, dx);
+            if PAIRS > 0 {
+                a = end_min(a, unpacked_min_sum::<PAIRS>(w, x, at), dmin, dx);
             }
             _mm512_storeu_ps(acc.as_mut_ptr(), a);
         }

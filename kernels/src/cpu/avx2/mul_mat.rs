@@ -89,17 +89,20 @@ unsafe fn tile_n<const T: usize>(
             WeightType::Q4_0 => dot32::<T, ZERO_AT_8>(w, blocks, x, acc),
             WeightType::Q4_1 | WeightType::Q5_1 => dot32::<T, MINIMA>(w, blocks, x, acc),
             WeightType::IQ4_XS => dot256::<T, SIGNED>(w, blocks.start, x, acc),
+            WeightType::Q2_K => dot256::<T, MINIMA_OF_16>(w, blocks.start, x, acc),
             WeightType::Q4_K | WeightType::Q5_K => dot256::<T, MINIMA>(w, blocks.start, x, acc),
             _ => dot256::<T, ZERO_AT_32>(w, blocks.start, x, acc),
         }
     }
 }
 
-/// What [`Unpacked`]'s words are: signed, or unsigned with zero at 8 or 32, or with minima.
+/// What [`Unpacked`]'s words are: signed, or unsigned with zero at 8 or 32, or with minima of 32 or of
+/// 16 columns.
 const SIGNED: u8 = 0;
 const ZERO_AT_8: u8 = 1;
 const ZERO_AT_32: u8 = 2;
 const MINIMA: u8 = 3;
+const MINIMA_OF_16: u8 = 4;
 
 /// Rows `8 * half..` of a vector of words.
 #[inline]
@@ -207,7 +210,10 @@ unsafe fn dot256<const T: usize, const WORDS: u8>(
     x: Group,
     acc: &mut [[f32; ROWS]; T],
 ) {
-    let words_per_sub = if WORDS == ZERO_AT_32 { 4 } else { 8 };
+    let words_per_sub = match WORDS {
+        ZERO_AT_32 | MINIMA_OF_16 => 4,
+        _ => 8,
+    };
     for half in 0..2 {
         // SAFETY: as `by_chunks` promises.
         unsafe {
@@ -239,11 +245,16 @@ unsafe fn dot256<const T: usize, const WORDS: u8>(
                 let at = b * x.width + t;
                 let dx = *x.d.add(at);
                 end(&mut acc[t], half, total[t], &w.d[0], dx);
-                if WORDS == MINIMA {
+                if matches!(WORDS, MINIMA | MINIMA_OF_16) {
+                    let (n, sums) = if WORDS == MINIMA {
+                        (8, x.sum32)
+                    } else {
+                        (16, x.sum16)
+                    };
                     let mut sum = _mm256_setzero_si256();
-                    for i in 0..4 {
+                    for i in 0..n / 2 {
                         let min = load(w.mins[i].as_ptr().cast(), half);
-                        let pair = four(x.sum32.add(8 * at + 2 * i).cast());
+                        let pair = four(sums.add(n * at + 2 * i).cast());
                         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(min, pair));
                     }
                     // Taking away is adding the negated integer, to the bit.

@@ -5,7 +5,7 @@
 //! block with the same operations (`end32`, `end256`) in the same order, so a token's result
 //! does not depend on the form; inside a block sums are integers and exact.
 
-use super::mul_mat_32;
+use super::{mul_mat_2_bit, mul_mat_32};
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
 use crate::mul_mat::activations::{self, GROUP, Group, Parts, Place, Quants};
 use crate::mul_mat::layout::{
@@ -139,6 +139,8 @@ unsafe fn vector_n<const T: usize>(p: &Panel<'_>, x: Group, t: usize) {
         match p.ty {
             WeightType::Q4_K => vector_q4_k::<T, false>(p.bytes, blocks, x, &mut acc),
             WeightType::Q5_K => vector_q4_k::<T, true>(p.bytes, blocks, x, &mut acc),
+            WeightType::Q2_K => mul_mat_2_bit::vector::<T, false>(p, x, &mut acc),
+            WeightType::Q3_K => mul_mat_2_bit::vector::<T, true>(p, x, &mut acc),
             WeightType::Q6_K => vector_q6_k(next, p.bytes, p.scales(), blocks, x, &mut acc),
             WeightType::IQ4_XS => vector_iq4_xs(next, p.bytes, p.scales(), blocks, x, &mut acc),
             _ => mul_mat_32::vector(p, x, &mut acc),
@@ -260,7 +262,7 @@ unsafe fn q4_k_scales(block: *const u8) -> ([__m512i; 2], [__m512i; 2]) {
 /// Bytes 2i and 2i + 1 of every lane as a pair of 16-bit numbers, for i = 0 and 1.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn byte_pairs(v: __m512i) -> [__m512i; 2] {
+pub(super) fn byte_pairs(v: __m512i) -> [__m512i; 2] {
     let even = _mm512_set1_epi32(0x00FF_00FF);
     // Lane bytes (a, b, c, d): (a, c) and (b, d) as 16-bit numbers, then regrouped.
     let ac = _mm512_and_si512(v, even);
@@ -272,16 +274,33 @@ fn byte_pairs(v: __m512i) -> [__m512i; 2] {
     ]
 }
 
-/// Sum of minima times activations over a block of 256: `mins` are pairs of sub-blocks.
+/// Sum of minima times activations over a block of 256: `mins` are pairs of sub-blocks, `sums` the
+/// activations' of each.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-pub(in crate::cpu) unsafe fn min_sum(mins: &[__m512i; 4], sums: *const i16) -> __m512i {
+pub(in crate::cpu) unsafe fn min_sum(mins: &[__m512i], sums: *const i16) -> __m512i {
     let mut sum = _mm512_setzero_si512();
     for (i, &min) in mins.iter().enumerate() {
-        // SAFETY: eight sums per block by the caller's promise.
+        // SAFETY: a sum for each minimum by the caller's promise.
         sum = _mm512_dpwssd_epi32(sum, min, unsafe { four(sums.add(2 * i).cast()) });
     }
     sum
+}
+
+/// [`min_sum`] of `PAIRS` pairs of unpacked minima and the token's block at `at`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+pub(in crate::cpu) unsafe fn unpacked_min_sum<const PAIRS: usize>(
+    w: &Unpacked,
+    x: Group,
+    at: usize,
+) -> __m512i {
+    // SAFETY: the group has this token and block by the caller's promise.
+    unsafe {
+        let mins: [__m512i; PAIRS] = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
+        let sums = if PAIRS == 8 { x.sum16 } else { x.sum32 };
+        min_sum(&mins, sums.wrapping_add(2 * PAIRS * at))
+    }
 }
 
 /// The fifth bits of sub-block `s` of Q5_K (of word `s` of Q5_0 or Q5_1), in their place: they are at
@@ -388,7 +407,7 @@ fn q6_k_quants(low: [__m512i; 4], high: [__m512i; 4], run: usize) -> [__m512i; 4
 /// Byte `i` of every lane of the scales' word, sign-extended.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn q6_k_scale(word: __m512i, i: usize) -> __m512i {
+pub(super) fn q6_k_scale(word: __m512i, i: usize) -> __m512i {
     let up = _mm_cvtsi32_si128(24 - 8 * i as i32);
     _mm512_srai_epi32(_mm512_sll_epi32(word, up), 24)
 }
@@ -531,6 +550,8 @@ unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
             match p.ty {
                 WeightType::Q4_K => unpack_q4_k::<false>(p.bytes.add(b * Q4_K_BLOCK), unpacked),
                 WeightType::Q5_K => unpack_q4_k::<true>(p.bytes.add(b * Q5_K_BLOCK), unpacked),
+                WeightType::Q2_K => mul_mat_2_bit::unpack::<false>(p, b, unpacked),
+                WeightType::Q3_K => mul_mat_2_bit::unpack::<true>(p, b, unpacked),
                 WeightType::Q6_K => {
                     unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked);
                 }
@@ -572,11 +593,14 @@ unsafe fn tile_n<const T: usize>(
     unsafe {
         let mut a: [__m512; T] = std::array::from_fn(|t| _mm512_loadu_ps(acc[t].as_ptr()));
         match p.ty {
+            WeightType::Q2_K => dot256::<T, 4, 8>(unpacked, blocks.start, x, &mut a),
             WeightType::Q4_K | WeightType::Q5_K => {
-                dot256::<T, 8, true>(unpacked, blocks.start, x, &mut a);
+                dot256::<T, 8, 4>(unpacked, blocks.start, x, &mut a);
             }
-            WeightType::Q6_K => dot256::<T, 4, false>(unpacked, blocks.start, x, &mut a),
-            WeightType::IQ4_XS => dot256::<T, 8, false>(unpacked, blocks.start, x, &mut a),
+            WeightType::Q3_K | WeightType::Q6_K => {
+                dot256::<T, 4, 0>(unpacked, blocks.start, x, &mut a);
+            }
+            WeightType::IQ4_XS => dot256::<T, 8, 0>(unpacked, blocks.start, x, &mut a),
             _ => mul_mat_32::tile(p, blocks, x, &unpacked.words, &mut a),
         }
         for (acc, a) in acc.iter_mut().zip(a) {
@@ -683,14 +707,15 @@ pub(in crate::cpu) unsafe fn unpack_iq4_xs(
     }
 }
 
-/// Adds unpacked block `b` of 256 columns for `T` tokens: sub-blocks of `WORDS` words with minima
-/// (Q4_K, Q5_K), or with zero at 32 (Q6_K) or, in sub-blocks of 32 columns, at 128 (IQ4_XS).
+/// Adds unpacked block `b` of 256 columns for `T` tokens: sub-blocks of `WORDS` words with
+/// `PAIRS` pairs of minima (Q2_K, Q4_K, Q5_K), or without and with zero at 32 (Q3_K, Q6_K) or, in
+/// sub-blocks of 32 columns, at 128 (IQ4_XS).
 ///
 /// # Safety
 /// The instruction set must be there; `b` must be a block of the tokens.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn dot256<const T: usize, const WORDS: usize, const MINIMA: bool>(
+unsafe fn dot256<const T: usize, const WORDS: usize, const PAIRS: usize>(
     w: &Unpacked,
     b: usize,
     x: Group,
@@ -711,7 +736,7 @@ unsafe fn dot256<const T: usize, const WORDS: usize, const MINIMA: bool>(
             for t in 0..T {
                 let at = b * x.width + t;
                 let mut sum = match WORDS {
-                    _ if MINIMA => _mm512_setzero_si512(),
+                    _ if PAIRS > 0 => _mm512_setzero_si512(),
                     4 => _mm512_set1_epi32(*x.neg32.add(16 * at + s)),
                     _ => neg128(x.sum32.add(8 * at + s)),
                 };
@@ -727,9 +752,8 @@ unsafe fn dot256<const T: usize, const WORDS: usize, const MINIMA: bool>(
             let at = b * x.width + t;
             let dx = _mm512_set1_ps(*x.d.add(at));
             acc[t] = end(acc[t], total[t], d, dx);
-            if MINIMA {
-                let mins = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
-                acc[t] = end_min(acc[t], min_sum(&mins, x.sum32.add(8 * at)), dmin, dx);
+            if PAIRS > 0 {
+                acc[t] = end_min(acc[t], unpacked_min_sum::<PAIRS>(w, x, at), dmin, dx);
             }
         }
     }

@@ -154,8 +154,11 @@ unsafe fn dot32(
 
 unsafe fn dot256(ty: WeightType, w: &Unpacked, b: usize, x: Group, acc: &mut [f32; ROWS]) {
     let minima = ty.has_minima();
-    let zero_at_32 = ty == WeightType::Q6_K;
-    let words_per_sub = if zero_at_32 { 4 } else { 8 };
+    let zero_at_32 = matches!(ty, WeightType::Q3_K | WeightType::Q6_K);
+    let words_per_sub = match ty {
+        WeightType::Q2_K | WeightType::Q3_K | WeightType::Q6_K => 4,
+        _ => 8,
+    };
     for quarter in 0..ROWS / LANES {
         // SAFETY: as `by_chunks` promises.
         unsafe {
@@ -181,10 +184,12 @@ unsafe fn dot256(ty: WeightType, w: &Unpacked, b: usize, x: Group, acc: &mut [f3
             end(acc, quarter, total, &w.d[0], dx);
             if minima {
                 let mut sum = [0i32; LANES];
+                let n = ty.sub_minima();
+                let sums = if n == 16 { x.sum16 } else { x.sum32 };
                 for (r, sum) in sum.iter_mut().enumerate() {
-                    for s in 0..8 {
+                    for s in 0..n {
                         let min = w.mins[s / 2][2 * (LANES * quarter + r) + s % 2];
-                        *sum -= i32::from(min) * i32::from(*x.sum32.add(8 * at + s));
+                        *sum -= i32::from(min) * i32::from(*sums.add(n * at + s));
                     }
                 }
                 end(acc, quarter, vld1q_s32(sum.as_ptr()), &w.dmin, dx);

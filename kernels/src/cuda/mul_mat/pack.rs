@@ -1,8 +1,8 @@
 //! From the rows of a GGUF file to the device's order; `kernels/cuda/packed.cuh` describes it.
 
 use crate::quant::{
-    BlockIQ4NL, BlockQ4_0, BlockQ4K, BlockQ5_0, BlockQ6K, BlockQ8_0, IQ4_VALUES, WeightType,
-    dequantize_row,
+    BlockIQ4NL, BlockQ3K, BlockQ4_0, BlockQ4K, BlockQ5_0, BlockQ6K, BlockQ8_0, IQ4_VALUES,
+    WeightType, dequantize_row,
 };
 use half::f16;
 
@@ -57,18 +57,19 @@ impl Kind {
     pub(super) fn of(ty: WeightType) -> Kind {
         match ty {
             WeightType::F32 => Kind::F32,
-            // The last four have no kernel on a card: their numbers are rounded to F16.
+            // All but the first two have no kernel on a card: their numbers are rounded to F16.
             WeightType::F16
             | WeightType::BF16
             | WeightType::Q4_1
             | WeightType::Q5_1
+            | WeightType::Q2_K
             | WeightType::Q5_K
             | WeightType::IQ4_XS => Kind::F16,
             // The same numbers in more bytes.
             WeightType::Q8_0 | WeightType::Q5_0 | WeightType::IQ4_NL => Kind::Q8_0,
             WeightType::Q4_0 => Kind::Q4_0,
             WeightType::Q4_K => Kind::Q4K,
-            WeightType::Q6_K => Kind::Q6K,
+            WeightType::Q3_K | WeightType::Q6_K => Kind::Q6K,
         }
     }
 
@@ -248,7 +249,7 @@ fn pack_row(ty: WeightType, n_cols: usize, row: &[u8], r: usize, panel: &mut [u8
             undo
         }
         Kind::Q6K => {
-            let blocks: Vec<BlockQ6K> = blocks.map(BlockQ6K::read).collect();
+            let blocks: Vec<BlockQ6K> = blocks.map(|block| six_bits(ty, block)).collect();
             let largest = blocks.iter().fold(0f32, |m, b| {
                 let steps = b.scale.iter().map(|s| s.unsigned_abs()).max();
                 m.max(b.d.to_f32().abs() * 32.0 * f32::from(steps.unwrap_or(0)))
@@ -285,6 +286,19 @@ fn signed_bytes(ty: WeightType, block: &[u8]) -> [i8; 32] {
             q.map(|q| IQ4_VALUES[usize::from(q)])
         }
         _ => BlockQ8_0::read(block).q,
+    }
+}
+
+/// A block of Q6_K, or of Q3_K, which is Q6_K with fewer values.
+fn six_bits(ty: WeightType, block: &[u8]) -> BlockQ6K {
+    if ty == WeightType::Q6_K {
+        return BlockQ6K::read(block);
+    }
+    let block = BlockQ3K::read(block);
+    BlockQ6K {
+        d: block.d,
+        scale: block.scale,
+        q: block.q.map(|q| q + 28),
     }
 }
 
