@@ -1,6 +1,6 @@
 //! `mul_mat` with `sdot`: a panel's 16 rows in four vectors of four.
 
-use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked, by_chunks, column, has_signed_words};
+use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked, by_chunks, column};
 use crate::mul_mat::activations::{self, Group, Parts, Place};
 use crate::mul_mat::layout::{ROWS, VECTOR};
 use crate::quant::{IQ4_VALUES, WeightType};
