@@ -1,8 +1,8 @@
 //! `mul_mat` and `get_rows`: against F64 sums over dequantised weights.
 //!
 //! Bound: activations are rounded to 2^-11 of each number (half of F16's last bit), weights at most
-//! three times to the same (scale, product, sum with the minimum; F16 and BF16 not at all, F32 in
-//! two parts to 2^-22), sums are F32.
+//! three times to the same (scale, product, sum with the minimum; F16 and BF16 not at all, types held as
+//! F16 once, F32 in two parts to 2^-22), sums are F32.
 
 use crate::{bits, device, get, normal, poisoned, put, rng};
 use half::{bf16, f16};
@@ -107,7 +107,8 @@ fn check(ty: WeightType, shape: (usize, usize), w: &[u8], x: &[f32], got: &[f32]
             let largest_x = x.iter().fold(0f32, |m, x| m.max(x.abs()));
             let relative = match ty {
                 WeightType::F32 => 3.0 * 2f64.powi(-22) + n_cols as f64 * 2f64.powi(-24),
-                ty if is_f16(ty) => 1.05 * 2f64.powi(-11),
+                WeightType::F16 | WeightType::BF16 => 1.05 * 2f64.powi(-11),
+                ty if is_f16(ty) => 2.05 * 2f64.powi(-11),
                 _ => 4.05 * 2f64.powi(-11),
             };
             // What lies 2^-37 below a row's or a token's largest number may be lost.
