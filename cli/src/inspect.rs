@@ -343,8 +343,8 @@ impl Estimate {
         let tied = gguf.tensor("output.weight").is_none();
         // Without tying, of the token embeddings only the rows that are read come into memory.
         let used = |t: &&TensorInfo| tied || t.name != "token_embd.weight";
-        // Of most types the engine makes interleaved copies, some restated in a larger type; the
-        // others stay mapped and come in when first read.
+        // Of most types the engine makes interleaved copies; the others stay mapped and come in when
+        // first read.
         let copied = |t: &TensorInfo| match t.dims.len() {
             0 | 1 => Some(4 * t.n_elements()), // vectors become F32
             _ => {

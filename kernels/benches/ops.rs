@@ -60,9 +60,16 @@ fn main() {
     for ty in [
         WeightType::Q8_0,
         WeightType::Q4_0,
+        WeightType::Q4_1,
+        WeightType::Q5_0,
+        WeightType::Q5_1,
+        WeightType::IQ4_NL,
+        WeightType::Q2_K,
+        WeightType::Q3_K,
         WeightType::Q4_K,
         WeightType::Q5_K,
         WeightType::Q6_K,
+        WeightType::IQ4_XS,
         WeightType::F16,
         WeightType::BF16,
         WeightType::F32,
@@ -114,11 +121,20 @@ fn weights(ty: WeightType, n_rows: usize, n_cols: usize) -> Vec<u8> {
             WeightType::F32 => block.copy_from_slice(&0.01f32.to_le_bytes()),
             WeightType::F16 => block.copy_from_slice(&scale),
             WeightType::BF16 => block.copy_from_slice(&half::bf16::from_f32(0.01).to_le_bytes()),
-            WeightType::Q8_0 | WeightType::Q4_0 => block[..2].copy_from_slice(&scale),
-            WeightType::Q4_K | WeightType::Q5_K => {
+            WeightType::Q8_0
+            | WeightType::Q4_0
+            | WeightType::Q5_0
+            | WeightType::IQ4_NL
+            | WeightType::IQ4_XS => block[..2].copy_from_slice(&scale),
+            WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&scale);
                 block[2..4].copy_from_slice(&scale);
             }
+            WeightType::Q2_K => {
+                block[80..82].copy_from_slice(&scale);
+                block[82..].copy_from_slice(&scale);
+            }
+            WeightType::Q3_K => block[108..].copy_from_slice(&scale),
             WeightType::Q6_K => block[208..].copy_from_slice(&scale),
         }
     }

@@ -13,7 +13,6 @@ use crate::cpu::mul_mat::{Panel, Scratch, Tokens};
 use crate::dispatch::{self, Isa};
 use crate::pool::Pool;
 pub use crate::quant::WeightType;
-use crate::quant::restate::Restated;
 use crate::split::SplitMut;
 use activations::{GROUP, QuantizeRow, Quants};
 use buffer::Buffer;
@@ -103,60 +102,8 @@ impl Packed {
         n_cols: usize,
         bytes: &[u8],
     ) -> Result<Packed, Error> {
-        Packed::pack_rows(isa, pool, ty, None, n_rows, n_cols, bytes)
-    }
-
-    /// [`Packed::pack`] of a matrix whose type another states: every panel is restated by the
-    /// thread that packs it, so that no second copy of the matrix exists.
-    ///
-    /// # Errors
-    /// As [`Packed::pack`], `bytes` being those of `from`.
-    pub fn pack_restated(
-        pool: &Pool,
-        from: Restated,
-        n_rows: usize,
-        n_cols: usize,
-        bytes: &[u8],
-    ) -> Result<Packed, Error> {
-        let ty = from.weight_type();
-        Packed::pack_rows(
-            dispatch::best(),
-            pool,
-            ty,
-            Some(from),
-            n_rows,
-            n_cols,
-            bytes,
-        )
-    }
-
-    /// Bytes that a matrix of this shape takes once packed for the best instruction set, padding
-    /// included; `None` if it cannot be packed.
-    pub fn bytes_of(ty: WeightType, n_rows: usize, n_cols: usize) -> Option<usize> {
-        let row = ty.row_bytes(n_cols)?;
-        match cpu::mul_mat(dispatch::best()) {
-            None => n_rows.checked_mul(row),
-            Some(_) => n_rows
-                .div_ceil(ROWS)
-                .checked_mul(layout::panel_bytes(ty, n_cols)?),
-        }
-    }
-
-    fn pack_rows(
-        isa: Isa,
-        pool: &Pool,
-        ty: WeightType,
-        from: Option<Restated>,
-        n_rows: usize,
-        n_cols: usize,
-        bytes: &[u8],
-    ) -> Result<Packed, Error> {
         cpu::check(isa);
-        let packed_row = ty.row_bytes(n_cols).ok_or(Error::Columns { ty, n_cols })?;
-        let row = match from {
-            None => packed_row,
-            Some(from) => n_cols / ty.block_len() * from.block_bytes(),
-        };
+        let row = ty.row_bytes(n_cols).ok_or(Error::Columns { ty, n_cols })?;
         let expected = n_rows
             .checked_mul(row)
             .ok_or(Error::TooLarge { ty, n_rows, n_cols })?;
@@ -171,14 +118,8 @@ impl Packed {
         }
         let too_large = Error::TooLarge { ty, n_rows, n_cols };
         if cpu::mul_mat(isa).is_none() {
-            let Some(n_bytes) = n_rows.checked_mul(packed_row) else {
-                return Err(too_large);
-            };
-            let mut copy = Buffer::zeroed(n_bytes);
-            match from {
-                None => copy[..n_bytes].copy_from_slice(bytes),
-                Some(from) => from.restate(bytes, &mut copy[..n_bytes]),
-            }
+            let mut copy = Buffer::zeroed(expected);
+            copy[..expected].copy_from_slice(bytes);
             return Ok(Packed {
                 isa,
                 ty,
@@ -203,14 +144,7 @@ impl Packed {
                     let rows = &bytes[i * ROWS * row..expected.min((i + 1) * ROWS * row)];
                     // SAFETY: panels are claimed once.
                     let panel = unsafe { panels.part(i * panel_bytes..(i + 1) * panel_bytes) };
-                    match from {
-                        None => layout::pack_panel(ty, n_cols, rows, panel),
-                        Some(from) => RESTATED.with_borrow_mut(|restated| {
-                            restated.resize(rows.len() / row * packed_row, 0);
-                            from.restate(rows, restated);
-                            layout::pack_panel(ty, n_cols, restated, panel);
-                        }),
-                    }
+                    layout::pack_panel(ty, n_cols, rows, panel);
                 }
             });
         }
@@ -222,6 +156,18 @@ impl Packed {
             bytes: packed,
             panel_bytes,
         })
+    }
+
+    /// Bytes that a matrix of this shape takes once packed for the best instruction set, padding
+    /// included; `None` if it cannot be packed.
+    pub fn bytes_of(ty: WeightType, n_rows: usize, n_cols: usize) -> Option<usize> {
+        let row = ty.row_bytes(n_cols)?;
+        match cpu::mul_mat(dispatch::best()) {
+            None => n_rows.checked_mul(row),
+            Some(_) => n_rows
+                .div_ceil(ROWS)
+                .checked_mul(layout::panel_bytes(ty, n_cols)?),
+        }
     }
 
     /// Rows: numbers of the result per token.
@@ -298,8 +244,6 @@ thread_local! {
     });
     /// What each thread of the pool keeps.
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::new());
-    /// The rows of one panel in the type they are restated as.
-    static RESTATED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     /// Plain Rust: one dequantised row of weights, then one result per token.
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }

@@ -13,7 +13,6 @@ use mneme_kernels::attend::{self, PAGE_CELLS, PageLayout};
 use mneme_kernels::dispatch;
 use mneme_kernels::mul_mat::{Packed, WeightType};
 use mneme_kernels::pool::Pool;
-use mneme_kernels::quant::restate::Restated;
 use mneme_kernels::recur::{self, Form, Numbers, Recur};
 use mneme_kernels::{add, quant, rms_norm, rope, swiglu};
 use std::ops::Range;
@@ -117,19 +116,16 @@ pub(super) fn weight_type(ty: GgmlType) -> Option<WeightType> {
         GgmlType::BF16 => WeightType::BF16,
         GgmlType::Q8_0 => WeightType::Q8_0,
         GgmlType::Q4_0 => WeightType::Q4_0,
+        GgmlType::Q4_1 => WeightType::Q4_1,
+        GgmlType::Q5_0 => WeightType::Q5_0,
+        GgmlType::Q5_1 => WeightType::Q5_1,
+        GgmlType::IQ4_NL => WeightType::IQ4_NL,
+        GgmlType::Q2_K => WeightType::Q2_K,
+        GgmlType::Q3_K => WeightType::Q3_K,
         GgmlType::Q4_K => WeightType::Q4_K,
         GgmlType::Q5_K => WeightType::Q5_K,
         GgmlType::Q6_K => WeightType::Q6_K,
-        _ => return None,
-    })
-}
-
-/// The types that run on another type's kernels, after being restated in it.
-pub(super) fn restated(ty: GgmlType) -> Option<Restated> {
-    Some(match ty {
-        GgmlType::Q5_0 => Restated::Q5_0,
-        GgmlType::IQ4_NL => Restated::IQ4_NL,
-        GgmlType::Q3_K => Restated::Q3_K,
+        GgmlType::IQ4_XS => WeightType::IQ4_XS,
         _ => return None,
     })
 }
@@ -137,8 +133,7 @@ pub(super) fn restated(ty: GgmlType) -> Option<Restated> {
 /// Bytes of the interleaved copy that a weight matrix is loaded as; `None` for types that stay
 /// mapped.
 pub fn copied_bytes(ty: GgmlType, n_rows: usize, n_cols: usize) -> Option<usize> {
-    let ty = weight_type(ty).or_else(|| Some(restated(ty)?.weight_type()))?;
-    Packed::bytes_of(ty, n_rows, n_cols)
+    Packed::bytes_of(weight_type(ty)?, n_rows, n_cols)
 }
 
 impl Matrix {
@@ -209,13 +204,8 @@ impl Cpu {
             role,
         };
         let (n_rows, n_cols, bytes) = (table.n_rows, table.n_cols, table.bytes());
-        let packed = match (weight_type(table.info.ty), restated(table.info.ty)) {
-            (Some(ty), _) => Some(Packed::pack(&self.pool, ty, n_rows, n_cols, bytes)),
-            (None, Some(from)) => Some(Packed::pack_restated(
-                &self.pool, from, n_rows, n_cols, bytes,
-            )),
-            (None, None) => None,
-        };
+        let packed = weight_type(table.info.ty)
+            .map(|ty| Packed::pack(&self.pool, ty, n_rows, n_cols, bytes));
         match packed {
             Some(packed) => {
                 let packed = packed.map_err(|_| refuse("for rows of this length"))?;

@@ -3,8 +3,10 @@
 use crate::mul_mat::activations::{GROUP, Group, Quants};
 use crate::mul_mat::buffer::Buffer;
 use crate::mul_mat::layout::{
-    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_K_BLOCK, Q5_K_HIGH, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES,
-    ROWS, VECTOR, scales_offset,
+    IQ4_XS_BLOCK, IQ4_XS_SCALES, Q2_K_BLOCK, Q2_K_D, Q2_K_SCALES, Q3_K_BLOCK, Q3_K_HIGH,
+    Q3_K_SCALES, Q4_1_BLOCK, Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_0_BLOCK, Q5_0_HIGH, Q5_1_BLOCK,
+    Q5_K_BLOCK, Q5_K_HIGH, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR, scales_offset,
+    scales_step,
 };
 use crate::quant::WeightType;
 use half::f16;
@@ -51,16 +53,19 @@ impl Panel<'_> {
 /// 256 columns of a panel, unpacked.
 #[repr(C, align(64))]
 pub(crate) struct Unpacked {
-    /// `[64][16]` words of four quants: signed for Q8_0, else unsigned.
+    /// `[64][16]` words of four quants: signed for Q8_0, Q5_0 and the IQ4 types, else unsigned.
+    /// (AVX-512 unpacks by itself, all types into unsigned bytes.)
     pub(crate) words: [[u8; VECTOR]; 64],
-    /// K types: scales of the sub-blocks.
+    /// Blocks of 256: scales of the sub-blocks.
     pub(crate) scales: [[i32; ROWS]; 16],
-    /// Q4_K, Q5_K: minima of sub-blocks `2i` and `2i + 1`, side by side for each row.
-    pub(crate) mins: [[i16; 2 * ROWS]; 4],
-    /// Scale of each block; K types have one block.
+    /// Q2_K, Q4_K, Q5_K: minima of sub-blocks `2i` and `2i + 1`, side by side for each row.
+    pub(crate) mins: [[i16; 2 * ROWS]; 8],
+    /// Scale of each block; types with blocks of 256 have one.
     pub(crate) d: [[f32; ROWS]; 8],
-    /// Q4_K, Q5_K: scale of the minima.
+    /// Q2_K, Q4_K, Q5_K: scale of the minima.
     pub(crate) dmin: [f32; ROWS],
+    /// Q4_1, Q5_1: minimum of each block.
+    pub(crate) m: [[f32; ROWS]; 8],
 }
 
 /// A thread's working memory, kept from call to call.
@@ -99,17 +104,21 @@ impl Scratch {
 /// A register tile: adds some blocks of 32 or one of 256 for `acc.len()` tokens of a group.
 pub(crate) type Tile = unsafe fn(WeightType, &Unpacked, Range<usize>, Group, &mut [[f32; ROWS]]);
 
+/// Turns places in IQ4_NL's table into its values.
+pub(crate) type LookUp = unsafe fn(&mut [[u8; VECTOR]]);
+
 /// A panel times its tokens for instruction sets without forms of their own for few and many
 /// tokens: 256 columns at a time, unpacked, `TOKENS` tokens by `tile`.
 ///
 /// # Safety
-/// `p` describes live memory; `tile` may be called on this machine.
+/// `p` describes live memory; `tile` and `look_up` may be called on this machine.
 #[inline(always)]
 pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
     p: &Panel<'_>,
     x: &Quants,
     scratch: &mut Scratch,
     tile: Tile,
+    look_up: LookUp,
 ) {
     // SAFETY: Unpacked is plain numbers.
     let (acc, unpacked) = unsafe { scratch.parts::<Unpacked>(p.tokens.len()) };
@@ -119,7 +128,7 @@ pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
     for b in (0..n_blocks).step_by(256 / block_len) {
         let blocks = b..(b + 256 / block_len).min(n_blocks);
         // SAFETY: the panel has these blocks.
-        unsafe { unpack(p, blocks.clone(), unpacked) };
+        unsafe { unpack(p, blocks.clone(), unpacked, look_up) };
         let mut t = p.tokens.start;
         while t < p.tokens.end {
             let in_group = t % GROUP;
@@ -146,9 +155,9 @@ pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
 /// Unpacks blocks of a panel that make up to 256 columns.
 ///
 /// # Safety
-/// The panel has these blocks.
+/// The panel has these blocks; `look_up` may be called.
 #[inline(always)]
-unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked) {
+unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked, look_up: LookUp) {
     let vector = |at: *const u8| -> &[u8; VECTOR] {
         // SAFETY: only vectors of the panel's blocks are asked for.
         unsafe { &*at.cast() }
@@ -161,8 +170,12 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked) {
         }
     };
     for (i, b) in blocks.enumerate() {
-        if !p.ty.has_minima() {
-            halves(p.scales().wrapping_add(2 * ROWS * b), &mut to.d[i]);
+        if p.ty.sub_minima() == 0 {
+            let scales = p.scales().wrapping_add(scales_step(p.ty) * b);
+            halves(scales, &mut to.d[i]);
+            if p.ty.has_minima() {
+                halves(scales.wrapping_add(2 * ROWS), &mut to.m[i]);
+            }
         }
         match p.ty {
             WeightType::Q8_0 => {
@@ -171,11 +184,74 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked) {
                 }
             }
             WeightType::Q4_0 => {
-                for j in 0..4 {
-                    let v = vector(p.bytes.wrapping_add((4 * b + j) * VECTOR));
-                    to.words[8 * i + j] = v.map(|v| v & 15);
-                    to.words[8 * i + j + 4] = v.map(|v| v >> 4);
+                let block = p.bytes.wrapping_add(4 * b * VECTOR);
+                unpack_nibbles(block, &mut to.words[8 * i..], vector);
+            }
+            WeightType::Q4_1 => {
+                let block = p.bytes.wrapping_add(b * Q4_1_BLOCK);
+                unpack_nibbles(block, &mut to.words[8 * i..], vector);
+            }
+            WeightType::Q5_0 | WeightType::Q5_1 => {
+                let (bytes, zero) = if p.ty == WeightType::Q5_0 {
+                    (Q5_0_BLOCK, 16)
+                } else {
+                    (Q5_1_BLOCK, 0)
+                };
+                let block = p.bytes.wrapping_add(b * bytes);
+                let words = &mut to.words[8 * i..8 * (i + 1)];
+                unpack_nibbles(block, words, vector);
+                let high = vector(block.wrapping_add(Q5_0_HIGH));
+                for (j, words) in words.iter_mut().enumerate() {
+                    for (w, h) in words.iter_mut().zip(high) {
+                        *w = (*w | ((h >> j) & 1) << 4).wrapping_sub(zero);
+                    }
                 }
+            }
+            WeightType::IQ4_NL => {
+                let words = &mut to.words[8 * i..8 * (i + 1)];
+                unpack_nibbles(p.bytes.wrapping_add(4 * b * VECTOR), words, vector);
+                // SAFETY: passed on.
+                unsafe { look_up(words) };
+            }
+            WeightType::IQ4_XS => {
+                let block = p.bytes.wrapping_add(b * IQ4_XS_BLOCK);
+                for s in 0..8 {
+                    let words = &mut to.words[8 * s..8 * (s + 1)];
+                    unpack_nibbles(block.wrapping_add(4 * s * VECTOR), words, vector);
+                    // SAFETY: passed on.
+                    unsafe { look_up(words) };
+                    let scales = vector(block.wrapping_add(IQ4_XS_SCALES + s / 4 * VECTOR));
+                    for r in 0..ROWS {
+                        to.scales[s][r] = i32::from(scales[4 * r + s % 4] as i8);
+                    }
+                }
+            }
+            WeightType::Q2_K => {
+                let block = p.bytes.wrapping_add(b * Q2_K_BLOCK);
+                unpack_pairs(block, to, vector);
+                for s in 0..16 {
+                    let bytes = vector(block.wrapping_add(Q2_K_SCALES + s / 4 * VECTOR));
+                    for r in 0..ROWS {
+                        let byte = bytes[4 * r + s % 4];
+                        to.scales[s][r] = i32::from(byte & 15);
+                        to.mins[s / 2][2 * r + s % 2] = i16::from(byte >> 4);
+                    }
+                }
+                halves(block.wrapping_add(Q2_K_D), &mut to.d[0]);
+                halves(block.wrapping_add(Q2_K_D + 2 * ROWS), &mut to.dmin);
+            }
+            WeightType::Q3_K => {
+                let block = p.bytes.wrapping_add(b * Q3_K_BLOCK);
+                unpack_pairs(block, to, vector);
+                for j in 0..8 {
+                    let high = vector(block.wrapping_add(Q3_K_HIGH + j * VECTOR));
+                    for s in 0..8 {
+                        for (w, h) in to.words[8 * s + j].iter_mut().zip(high) {
+                            *w += 28 + (((h >> s) & 1) << 2);
+                        }
+                    }
+                }
+                signed_scales(block.wrapping_add(Q3_K_SCALES), to, vector);
             }
             WeightType::Q4_K => {
                 unpack_q4_k(p.bytes.wrapping_add(b * Q4_K_BLOCK), to, vector, halves)
@@ -194,6 +270,20 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked) {
             }
             _ => unpack_q6_k(p.bytes.wrapping_add(b * Q6_K_BLOCK), to, vector),
         }
+    }
+}
+
+/// Four vectors of Q4_0's words become eight of one quant a byte.
+#[inline(always)]
+fn unpack_nibbles<'a>(
+    block: *const u8,
+    to: &mut [[u8; VECTOR]],
+    vector: impl Fn(*const u8) -> &'a [u8; VECTOR],
+) {
+    for j in 0..4 {
+        let v = vector(block.wrapping_add(j * VECTOR));
+        to[j] = v.map(|v| v & 15);
+        to[j + 4] = v.map(|v| v >> 4);
     }
 }
 
@@ -245,10 +335,35 @@ fn unpack_q6_k<'a>(
             }
         }
     }
+    signed_scales(block.wrapping_add(Q6_K_SCALES), to, vector);
+}
+
+/// Four vectors of 16 signed scales a row.
+#[inline(always)]
+fn signed_scales<'a>(
+    words: *const u8,
+    to: &mut Unpacked,
+    vector: impl Fn(*const u8) -> &'a [u8; VECTOR],
+) {
     for s in 0..16 {
-        let scales = vector(block.wrapping_add(Q6_K_SCALES + s / 4 * VECTOR));
+        let scales = vector(words.wrapping_add(s / 4 * VECTOR));
         for r in 0..ROWS {
             to.scales[s][r] = i32::from(scales[4 * r + s % 4] as i8);
+        }
+    }
+}
+
+/// 16 vectors of words of four pairs of bits become 64 of one quant a byte.
+#[inline(always)]
+fn unpack_pairs<'a>(
+    block: *const u8,
+    to: &mut Unpacked,
+    vector: impl Fn(*const u8) -> &'a [u8; VECTOR],
+) {
+    for i in 0..16 {
+        let v = vector(block.wrapping_add(i * VECTOR));
+        for run in 0..4 {
+            to.words[i / 8 * 32 + 8 * run + i % 8] = v.map(|v| (v >> (2 * run)) & 3);
         }
     }
 }

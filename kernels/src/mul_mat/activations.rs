@@ -5,7 +5,7 @@
 //! one AMX tile are contiguous, and no power-of-two stride sends tokens to the same cache sets.
 //! Scales and sums are `[n_blocks][width]`.
 //!
-//! A block of 32 (for Q8_0, Q4_0) or 256 (for the K types) numbers `x` becomes
+//! A block of 32 (for Q8_0, Q4_0 and their like) or 256 (for the K types) numbers `x` becomes
 //! `q = round(x * 127 / max|x|)`, ties to even, and `d = max|x| / 127`. A block with an infinity
 //! or a NaN gets `d = NaN`; one whose maximum is below 1e-36 is zero.
 
@@ -32,10 +32,13 @@ pub(crate) struct Quants {
     /// zero is at 8 or 128 begins.
     neg8: Vec<i32>,
     neg128: Vec<i32>,
+    /// Blocks of 32: `d * sum(q)`, what a minimum is multiplied by.
+    dsum: Vec<f32>,
     /// Blocks of 256: `-32 * sum(q)` of each 16, `[n_blocks][width][16]`.
     neg32: Vec<i32>,
-    /// Blocks of 256: `sum(q)` of each 32, `[n_blocks][width][8]`.
+    /// Blocks of 256: `sum(q)` of each 32, `[n_blocks][width][8]`, and of each 16.
     sum32: Vec<i16>,
+    sum16: Vec<i16>,
 }
 
 /// One group's data from one token on. Pointers step by `width` tokens per block (of 64 bytes
@@ -47,8 +50,10 @@ pub(crate) struct Group {
     pub(crate) d: *const f32,
     pub(crate) neg8: *const i32,
     pub(crate) neg128: *const i32,
+    pub(crate) dsum: *const f32,
     pub(crate) neg32: *const i32,
     pub(crate) sum32: *const i16,
+    pub(crate) sum16: *const i16,
 }
 
 impl Quants {
@@ -63,8 +68,10 @@ impl Quants {
             d: Vec::new(),
             neg8: Vec::new(),
             neg128: Vec::new(),
+            dsum: Vec::new(),
             neg32: Vec::new(),
             sum32: Vec::new(),
+            sum16: Vec::new(),
         }
     }
 
@@ -86,17 +93,21 @@ impl Quants {
         if self.block_len == 32 {
             self.neg8.resize(n, 0);
             self.neg128.resize(n, 0);
+            self.dsum.resize(n, 0.0);
         } else {
             self.neg32.resize(n * 16, 0);
             self.sum32.resize(n * 8, 0);
+            self.sum16.resize(n * 16, 0);
         }
         let parts = Parts {
             q: SplitMut::new(&mut self.q),
             d: SplitMut::new(&mut self.d),
             neg8: SplitMut::new(&mut self.neg8),
             neg128: SplitMut::new(&mut self.neg128),
+            dsum: SplitMut::new(&mut self.dsum),
             neg32: SplitMut::new(&mut self.neg32),
             sum32: SplitMut::new(&mut self.sum32),
+            sum16: SplitMut::new(&mut self.sum16),
         };
         let (row_bytes, n_blocks, block_len) = (self.row, self.n_blocks, self.block_len);
         let grain = (16 * 1024 / n_cols.max(1)).max(1);
@@ -130,8 +141,10 @@ impl Quants {
             d: self.d[block..].as_ptr(),
             neg8: self.neg8[of32..].as_ptr(),
             neg128: self.neg128[of32..].as_ptr(),
+            dsum: self.dsum[of32..].as_ptr(),
             neg32: self.neg32[16 * of256..].as_ptr(),
             sum32: self.sum32[8 * of256..].as_ptr(),
+            sum16: self.sum16[16 * of256..].as_ptr(),
         }
     }
 }
@@ -152,8 +165,10 @@ impl Group {
                 d: self.d.add(t),
                 neg8: self.neg8.wrapping_add(t),
                 neg128: self.neg128.wrapping_add(t),
+                dsum: self.dsum.wrapping_add(t),
                 neg32: self.neg32.wrapping_add(16 * t),
                 sum32: self.sum32.wrapping_add(8 * t),
+                sum16: self.sum16.wrapping_add(16 * t),
             }
         }
     }
@@ -165,8 +180,10 @@ pub(crate) struct Parts<'a> {
     d: SplitMut<'a, f32>,
     neg8: SplitMut<'a, i32>,
     neg128: SplitMut<'a, i32>,
+    dsum: SplitMut<'a, f32>,
     neg32: SplitMut<'a, i32>,
     sum32: SplitMut<'a, i16>,
+    sum16: SplitMut<'a, i16>,
 }
 
 /// Where one token's blocks go.
@@ -209,6 +226,7 @@ impl Place {
             parts.d.part(i..i + 1)[0] = d;
             parts.neg8.part(i..i + 1)[0] = sum.wrapping_mul(-8);
             parts.neg128.part(i..i + 1)[0] = sum.wrapping_mul(-128);
+            parts.dsum.part(i..i + 1)[0] = d * sum as f32;
         }
     }
 
@@ -224,8 +242,10 @@ impl Place {
             parts.d.part(i..i + 1)[0] = d;
             let neg32 = parts.neg32.part(16 * i..16 * (i + 1));
             let sum32 = parts.sum32.part(8 * i..8 * (i + 1));
+            let sum16 = parts.sum16.part(16 * i..16 * (i + 1));
             for j in 0..16 {
                 neg32[j] = sums[j].wrapping_mul(-32);
+                sum16[j] = sums[j] as i16;
             }
             for j in 0..8 {
                 sum32[j] = sums[2 * j].wrapping_add(sums[2 * j + 1]) as i16;

@@ -1,6 +1,6 @@
 //! Q4_0: `w[i] = d * (q[i] - 8)`.
 
-use super::read_f16;
+use super::{nibbles, read_f16};
 use half::f16;
 
 /// 32 numbers in 18 bytes: the scale `d`, then 16 bytes; byte `i` holds number `i` in its low
@@ -21,7 +21,7 @@ impl BlockQ4_0 {
     pub fn read(bytes: &[u8]) -> Self {
         BlockQ4_0 {
             d: read_f16(bytes),
-            q: std::array::from_fn(|i| (bytes[2 + i % 16] >> (4 * (i / 16))) & 15),
+            q: nibbles(&bytes[2..]),
         }
     }
 

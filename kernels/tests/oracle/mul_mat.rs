@@ -6,7 +6,10 @@ use half::{bf16, f16};
 use mneme_kernels::dispatch::Isa;
 use mneme_kernels::mul_mat::{Error, Packed, WeightType, mul_mat};
 use mneme_kernels::pool::Pool;
-use mneme_kernels::quant::{BlockQ4_0, BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8_0, dequantize_row};
+use mneme_kernels::quant::{
+    BlockIQ4NL, BlockIQ4XS, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0,
+    BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, IQ4_VALUES, dequantize_row,
+};
 use proptest::prelude::*;
 use rand::{Rng, RngExt};
 
@@ -33,12 +36,22 @@ fn weights(
                 let v = bf16::from_f32(scale * rng.random_range(-1.0f32..1.0));
                 block.copy_from_slice(&v.to_le_bytes());
             }
-            WeightType::Q8_0 | WeightType::Q4_0 => block[..2].copy_from_slice(&d),
-            WeightType::Q4_K | WeightType::Q5_K => {
+            WeightType::Q8_0
+            | WeightType::Q4_0
+            | WeightType::Q5_0
+            | WeightType::IQ4_NL
+            | WeightType::IQ4_XS => block[..2].copy_from_slice(&d),
+            WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&d);
                 let dmin = f16::from_f32(scale * rng.random_range(-1.0f32..1.0));
                 block[2..4].copy_from_slice(&dmin.to_le_bytes());
             }
+            WeightType::Q2_K => {
+                block[80..82].copy_from_slice(&d);
+                let dmin = f16::from_f32(scale * rng.random_range(-1.0f32..1.0));
+                block[82..].copy_from_slice(&dmin.to_le_bytes());
+            }
+            WeightType::Q3_K => block[108..].copy_from_slice(&d),
             WeightType::Q6_K => block[208..].copy_from_slice(&d),
         }
         bytes.extend(block);
@@ -99,6 +112,47 @@ fn model(ty: WeightType, row: &[u8], x: &[f32]) -> f32 {
                 acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
             }
         }
+        WeightType::Q5_0 => {
+            for (b, x) in blocks {
+                let (b, (dx, q)) = (BlockQ5_0::read(b), quantize(x));
+                let sum = dot(b.q.iter().map(|&w| w as i32 - 16), &q);
+                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
+            }
+        }
+        WeightType::IQ4_NL => {
+            for (b, x) in blocks {
+                let (b, (dx, q)) = (BlockIQ4NL::read(b), quantize(x));
+                let sum = dot(b.q.iter().map(|&w| IQ4_VALUES[w as usize] as i32), &q);
+                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
+            }
+        }
+        WeightType::Q4_1 | WeightType::Q5_1 => {
+            for (b, x) in blocks {
+                let (dx, q) = quantize(x);
+                let (d, m, w) = if ty == WeightType::Q4_1 {
+                    let b = BlockQ4_1::read(b);
+                    (b.d, b.m, b.q)
+                } else {
+                    let b = BlockQ5_1::read(b);
+                    (b.d, b.m, b.q)
+                };
+                let sum = dot(w.iter().map(|&w| w as i32), &q);
+                acc = (sum as f32).mul_add(d.to_f32() * dx, acc);
+                acc = m.to_f32().mul_add(dx * q.iter().sum::<i32>() as f32, acc);
+            }
+        }
+        WeightType::IQ4_XS => {
+            for (b, x) in blocks {
+                let (b, (dx, q)) = (BlockIQ4XS::read(b), quantize(x));
+                let mut sum = 0;
+                for (s, q) in q.chunks_exact(32).enumerate() {
+                    let w = b.q[32 * s..].iter();
+                    let w = w.map(|&w| IQ4_VALUES[w as usize] as i32);
+                    sum += b.scale[s] as i32 * dot(w, q);
+                }
+                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
+            }
+        }
         WeightType::Q4_K | WeightType::Q5_K => {
             for (b, x) in blocks {
                 let (dx, q) = quantize(x);
@@ -117,6 +171,30 @@ fn model(ty: WeightType, row: &[u8], x: &[f32]) -> f32 {
                 }
                 acc = (sum as f32).mul_add(d.to_f32() * dx, acc);
                 acc = (-(min as f32)).mul_add(dmin.to_f32() * dx, acc);
+            }
+        }
+        WeightType::Q2_K => {
+            for (b, x) in blocks {
+                let (b, (dx, q)) = (BlockQ2K::read(b), quantize(x));
+                let (mut sum, mut min) = (0, 0);
+                for (s, q) in q.chunks_exact(16).enumerate() {
+                    let w = b.q[16 * s..].iter().map(|&w| w as i32);
+                    sum += b.scale[s] as i32 * dot(w, q);
+                    min += b.min[s] as i32 * q.iter().sum::<i32>();
+                }
+                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
+                acc = (-(min as f32)).mul_add(b.dmin.to_f32() * dx, acc);
+            }
+        }
+        WeightType::Q3_K => {
+            for (b, x) in blocks {
+                let (b, (dx, q)) = (BlockQ3K::read(b), quantize(x));
+                let mut sum = 0;
+                for (s, q) in q.chunks_exact(16).enumerate() {
+                    let w = b.q[16 * s..].iter().map(|&w| w as i32 - 4);
+                    sum += b.scale[s] as i32 * dot(w, q);
+                }
+                acc = (sum as f32).mul_add(b.d.to_f32() * dx, acc);
             }
         }
         WeightType::Q6_K => {
@@ -150,14 +228,23 @@ fn bound(ty: WeightType, row: &[u8], x: &[f32]) -> f64 {
             rounding += 0.501 * f64::from(max) / 127.0 * sum;
         }
         // These add the scaled quants and take the minima away, each larger than the weights.
+        let largest = |min: &[u8]| min.iter().copied().max().unwrap_or(0);
         let minima = match ty {
-            WeightType::Q4_K => Some(BlockQ4K::read(&row[144 * i..])).map(|b| (b.dmin, b.min)),
-            WeightType::Q5_K => Some(BlockQ5K::read(&row[176 * i..])).map(|b| (b.dmin, b.min)),
+            WeightType::Q4_1 => Some(BlockQ4_1::read(&row[20 * i..])).map(|b| (b.m, 1)),
+            WeightType::Q5_1 => Some(BlockQ5_1::read(&row[24 * i..])).map(|b| (b.m, 1)),
+            WeightType::Q2_K => {
+                Some(BlockQ2K::read(&row[84 * i..])).map(|b| (b.dmin, largest(&b.min)))
+            }
+            WeightType::Q4_K => {
+                Some(BlockQ4K::read(&row[144 * i..])).map(|b| (b.dmin, largest(&b.min)))
+            }
+            WeightType::Q5_K => {
+                Some(BlockQ5K::read(&row[176 * i..])).map(|b| (b.dmin, largest(&b.min)))
+            }
             _ => None,
         };
         let largest = minima.map_or(0.0, |(dmin, min)| {
-            let min = min.iter().max().expect("eight").to_owned();
-            256.0 * 2.0 * f64::from(dmin.to_f32().abs()) * f64::from(min)
+            block_len as f64 * 2.0 * f64::from(dmin.to_f32().abs()) * f64::from(min)
         });
         magnitude += f64::from(max) * (sum + largest);
     }

@@ -1,8 +1,8 @@
 //! `mul_mat` and `get_rows`: against F64 sums over dequantised weights.
 //!
 //! Bound: activations are rounded to 2^-11 of each number (half of F16's last bit), weights at most
-//! three times to the same (scale, product, sum with the minimum; F16 and BF16 not at all, F32 in
-//! two parts to 2^-22), sums are F32.
+//! three times to the same (scale, product, sum with the minimum; F16 and BF16 not at all, types held as
+//! F16 once, F32 in two parts to 2^-22), sums are F32.
 
 use crate::{bits, device, get, normal, poisoned, put, rng};
 use half::{bf16, f16};
@@ -29,11 +29,19 @@ fn weights(
             WeightType::F32 => block.copy_from_slice(&number().to_le_bytes()),
             WeightType::F16 => block.copy_from_slice(&d),
             WeightType::BF16 => block.copy_from_slice(&bf16::from_f32(number()).to_le_bytes()),
-            WeightType::Q8_0 | WeightType::Q4_0 => block[..2].copy_from_slice(&d),
-            WeightType::Q4_K | WeightType::Q5_K => {
+            WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q5_0 | WeightType::IQ4_NL => {
+                block[..2].copy_from_slice(&d);
+            }
+            WeightType::IQ4_XS => block[..2].copy_from_slice(&d),
+            WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&d);
                 block[2..4].copy_from_slice(&f16::from_f32(number()).to_le_bytes());
             }
+            WeightType::Q2_K => {
+                block[80..82].copy_from_slice(&d);
+                block[82..].copy_from_slice(&f16::from_f32(number()).to_le_bytes());
+            }
+            WeightType::Q3_K => block[108..].copy_from_slice(&d),
             WeightType::Q6_K => block[208..].copy_from_slice(&d),
         }
         bytes.extend(block);
@@ -53,6 +61,20 @@ fn run(dev: &Device, ty: WeightType, shape: (usize, usize), w: &[u8], x: &[f32])
     )
     .expect("mul_mat");
     get(dev, &out)
+}
+
+/// Held as F16 on the device.
+fn is_f16(ty: WeightType) -> bool {
+    matches!(
+        ty,
+        WeightType::F16
+            | WeightType::BF16
+            | WeightType::Q4_1
+            | WeightType::Q5_1
+            | WeightType::Q2_K
+            | WeightType::Q5_K
+            | WeightType::IQ4_XS
+    )
 }
 
 /// Compares every number with its F64 sum.
@@ -85,7 +107,8 @@ fn check(ty: WeightType, shape: (usize, usize), w: &[u8], x: &[f32], got: &[f32]
             let largest_x = x.iter().fold(0f32, |m, x| m.max(x.abs()));
             let relative = match ty {
                 WeightType::F32 => 3.0 * 2f64.powi(-22) + n_cols as f64 * 2f64.powi(-24),
-                WeightType::F16 | WeightType::BF16 | WeightType::Q5_K => 1.05 * 2f64.powi(-11),
+                WeightType::F16 | WeightType::BF16 => 1.05 * 2f64.powi(-11),
+                ty if is_f16(ty) => 2.05 * 2f64.powi(-11),
                 _ => 4.05 * 2f64.powi(-11),
             };
             // What lies 2^-37 below a row's or a token's largest number may be lost.
@@ -265,10 +288,11 @@ fn rows_are_what_the_file_says() {
                 dequantize_row(ty, bytes, &mut expected);
                 let largest = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
                 // F32 rounding of the same products in the same order; F32 tables keep 22 bits, and
-                // Q5_K is held as F16, whose rounding is 2^-11 of a number.
+                // those without a kernel are held as F16, whose rounding is 2^-11 of a number.
                 let bound = match ty {
                     WeightType::F32 => 2e-7,
-                    WeightType::Q5_K => 2f32.powi(-11),
+                    WeightType::F16 | WeightType::BF16 => 1e-7,
+                    ty if is_f16(ty) => 2f32.powi(-11),
                     _ => 1e-7,
                 };
                 for (c, (e, g)) in expected.iter().zip(got).enumerate() {

@@ -12,7 +12,7 @@ mod rows;
 pub use card::{Card, CardBuffer, CardPage};
 pub use rows::CardRows;
 
-use super::cpu::{restated, weight_type};
+use super::cpu::weight_type;
 use super::{
     Buffer, Cpu, Device, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, Table,
 };
@@ -114,18 +114,12 @@ impl Cuda {
     }
 }
 
-/// Row-major GGUF bytes of `table` in a type the kernels have, restated where they have not.
+/// Row-major GGUF bytes of `table` in a type the kernels have, in F16 where they have not.
 fn bytes_of(table: &Table) -> (WeightType, std::borrow::Cow<'_, [u8]>) {
     let bytes = table.bytes();
-    match (weight_type(table.ty()), restated(table.ty())) {
-        (Some(ty), _) => (ty, bytes.into()),
-        (None, Some(from)) => {
-            let ty = from.weight_type();
-            let mut out = vec![0; bytes.len() / from.block_bytes() * ty.block_bytes()];
-            from.restate(bytes, &mut out);
-            (ty, out.into())
-        }
-        (None, None) => {
+    match weight_type(table.ty()) {
+        Some(ty) => (ty, bytes.into()),
+        None => {
             let mut row = vec![0.0; table.n_cols()];
             let mut halves = Vec::with_capacity(table.n_rows() * table.n_cols() * 2);
             for r in 0..table.n_rows() {

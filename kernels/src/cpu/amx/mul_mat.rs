@@ -9,11 +9,16 @@
 
 use crate::cpu::avx512;
 use crate::cpu::avx512::mul_mat::{
-    end, end_min, halves, load, min_sum, put, store_all, unpack_q4_k, unpack_q6_k,
+    end, end_min, halves, load, put, store_all, unpack_iq4_xs, unpack_q4_k, unpack_q6_k,
+    unpacked_min_sum,
 };
+use crate::cpu::avx512::mul_mat_2_bit;
+use crate::cpu::avx512::mul_mat_32::{self, add_minimum};
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
 use crate::mul_mat::activations::{GROUP, Group, Quants};
-use crate::mul_mat::layout::{Q4_K_BLOCK, Q5_K_BLOCK, Q6_K_BLOCK, ROWS, VECTOR};
+use crate::mul_mat::layout::{
+    IQ4_XS_BLOCK, Q4_K_BLOCK, Q5_K_BLOCK, Q6_K_BLOCK, ROWS, VECTOR, scales_step,
+};
 use crate::quant::WeightType;
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -90,12 +95,15 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
                 let words = if p.ty == WeightType::Q8_0 {
                     p.bytes
                 } else {
-                    unpack_q4_0(p.bytes, blocks.clone(), &mut work.low);
+                    mul_mat_32::unpack::<0>(p, blocks.clone(), &mut work.low);
                     work.low.as_ptr().cast::<u8>().wrapping_sub(b * 8 * VECTOR)
                 };
-                let scales = p.scales();
                 let groups = groups.clone();
-                blocks_of_32(words, scales, blocks, groups, x, acc, &mut work.sums);
+                if p.ty.has_minima() {
+                    blocks_of_32::<true>(p, words, blocks, groups, x, acc, &mut work.sums);
+                } else {
+                    blocks_of_32::<false>(p, words, blocks, groups, x, acc, &mut work.sums);
+                }
             }
         } else {
             configure(&super::CONFIG);
@@ -104,12 +112,18 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
                 match p.ty {
                     WeightType::Q4_K => unpack_q4_k::<false>(p.bytes.add(b * Q4_K_BLOCK), unpacked),
                     WeightType::Q5_K => unpack_q4_k::<true>(p.bytes.add(b * Q5_K_BLOCK), unpacked),
-                    _ => unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked),
+                    WeightType::Q2_K => mul_mat_2_bit::unpack::<false>(p, b, unpacked),
+                    WeightType::Q3_K => mul_mat_2_bit::unpack::<true>(p, b, unpacked),
+                    WeightType::Q6_K => {
+                        unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked);
+                    }
+                    _ => unpack_iq4_xs(p.bytes.add(b * IQ4_XS_BLOCK), p.scales(), b, unpacked),
                 }
-                if p.ty.has_minima() {
-                    split::<8, 0>(work);
-                } else {
-                    split::<4, 32>(work);
+                match p.ty {
+                    WeightType::Q2_K => split::<4, 0>(work),
+                    WeightType::Q3_K | WeightType::Q6_K => split::<4, 32>(work),
+                    WeightType::IQ4_XS => split::<8, 128>(work),
+                    _ => split::<8, 0>(work),
                 }
                 let mut g = groups.start;
                 let x_all = x;
@@ -120,10 +134,10 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
                         fetch_group(&x_all.group(next), 256 * b..256 * (b + 1));
                     }
                     for (i, acc) in pair.iter_mut().enumerate() {
-                        if p.ty.has_minima() {
-                            finish_256::<true>(work, i, b, x[i], acc);
-                        } else {
-                            finish_256::<false>(work, i, b, x[i], acc);
+                        match p.ty.sub_minima() {
+                            0 => finish_256::<0>(work, i, b, x[i], acc),
+                            8 => finish_256::<4>(work, i, b, x[i], acc),
+                            _ => finish_256::<8>(work, i, b, x[i], acc),
                         }
                     }
                     g += pair.len();
@@ -132,25 +146,6 @@ unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut S
         }
         release();
         store_all(p, tokens, acc.as_flattened());
-    }
-}
-
-/// Blocks of Q4_0 as signed bytes with zero at 0.
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn unpack_q4_0(bytes: *const u8, blocks: Range<usize>, to: &mut [[u8; VECTOR]; 64]) {
-    let low = _mm512_set1_epi8(15);
-    let eight = _mm512_set1_epi8(8);
-    for (i, b) in blocks.enumerate() {
-        for j in 0..4 {
-            // SAFETY: the panel has these blocks.
-            unsafe {
-                let v = load(bytes.add(b * 4 * VECTOR), j);
-                let high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
-                let w = _mm512_and_si512(v, low);
-                put(&mut to[8 * i + j], _mm512_sub_epi8(w, eight));
-                put(&mut to[8 * i + j + 4], _mm512_sub_epi8(high, eight));
-            }
-        }
     }
 }
 
@@ -243,9 +238,9 @@ unsafe fn multiply_blocks(
 /// tokens it lacks get numbers that nobody reads.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn finish_32<const FULL: bool>(
+unsafe fn finish_32<const FULL: bool, const MINIMA: bool>(
     sums: &[Sums; 4],
-    scales: *const u8,
+    p: &Panel<'_>,
     blocks: Range<usize>,
     x: &Group,
     acc: &mut [__m512; GROUP],
@@ -253,12 +248,20 @@ unsafe fn finish_32<const FULL: bool>(
     for (b, sums) in blocks.zip(sums) {
         // SAFETY: the panel and the group have these blocks.
         unsafe {
-            let d = halves(scales, b);
-            let dx = x.d.add(b * x.width);
+            let scales = p.scales().wrapping_add(b * scales_step(p.ty));
+            let d = halves(scales, 0);
+            let m = if MINIMA {
+                halves(scales, 1)
+            } else {
+                _mm512_setzero_ps()
+            };
             for t in 0..GROUP {
                 let sum = load(sums[t].as_ptr().cast(), 0);
-                let t_dx = if FULL { t } else { t.min(x.width - 1) };
-                acc[t] = end(acc[t], sum, d, _mm512_set1_ps(*dx.add(t_dx)));
+                let at = b * x.width + if FULL { t } else { t.min(x.width - 1) };
+                acc[t] = end(acc[t], sum, d, _mm512_set1_ps(*x.d.add(at)));
+                if MINIMA {
+                    acc[t] = add_minimum(acc[t], m, *x.dsum.add(at));
+                }
             }
         }
     }
@@ -268,9 +271,9 @@ unsafe fn finish_32<const FULL: bool>(
 /// before the last ones are finished: a product takes some hundred cycles to reach memory, and
 /// the F32 arithmetic of another fills them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn blocks_of_32(
+unsafe fn blocks_of_32<const MINIMA: bool>(
+    p: &Panel<'_>,
     words: *const u8,
-    scales: *const u8,
     blocks: Range<usize>,
     groups: Range<usize>,
     x: &Quants,
@@ -289,9 +292,9 @@ unsafe fn blocks_of_32(
             let mut a: [__m512; GROUP] = std::array::from_fn(|t| _mm512_loadu_ps(acc[t].as_ptr()));
             let full = now.width == GROUP;
             if full {
-                finish_32::<true>(first, scales, blocks.start..middle, &now, &mut a);
+                finish_32::<true, MINIMA>(first, p, blocks.start..middle, &now, &mut a);
             } else {
-                finish_32::<false>(first, scales, blocks.start..middle, &now, &mut a);
+                finish_32::<false, MINIMA>(first, p, blocks.start..middle, &now, &mut a);
             }
             let before = now;
             if g + 1 < groups.end {
@@ -302,9 +305,9 @@ unsafe fn blocks_of_32(
                 fetch_group(&x.group(g + 2), 32 * blocks.start..32 * blocks.end);
             }
             if full {
-                finish_32::<true>(second, scales, middle..blocks.end, &before, &mut a);
+                finish_32::<true, MINIMA>(second, p, middle..blocks.end, &before, &mut a);
             } else {
-                finish_32::<false>(second, scales, middle..blocks.end, &before, &mut a);
+                finish_32::<false, MINIMA>(second, p, middle..blocks.end, &before, &mut a);
             }
             for (acc, a) in acc.iter_mut().zip(a) {
                 _mm512_storeu_ps(acc.as_mut_ptr(), a);
@@ -442,13 +445,13 @@ unsafe fn multiply_256(work: &mut Work, b: usize, x: &[Group]) {
     }
 }
 
-/// Adds group `i`'s products of block `b` to its sums.
+/// Adds group `i`'s products of block `b` to its sums, with `PAIRS` pairs of minima.
 ///
 /// # Safety
 /// The instruction set must be there; `b` must be a block of the group.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn finish_256<const MINIMA: bool>(
+unsafe fn finish_256<const PAIRS: usize>(
     work: &Work,
     i: usize,
     b: usize,
@@ -460,7 +463,6 @@ unsafe fn finish_256<const MINIMA: bool>(
     unsafe {
         let d = _mm512_loadu_ps(w.d[0].as_ptr());
         let dmin = _mm512_loadu_ps(w.dmin.as_ptr());
-        let mins = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
         for (t, acc) in acc.iter_mut().enumerate().take(x.width) {
             let low = load(work.sums[0][2 * i][t].as_ptr().cast(), 0);
             let high = load(work.sums[0][2 * i + 1][t].as_ptr().cast(), 0);
@@ -468,8 +470,8 @@ unsafe fn finish_256<const MINIMA: bool>(
             let at = b * x.width + t;
             let dx = _mm512_set1_ps(*x.d.add(at));
             let mut a = end(_mm512_loadu_ps(acc.as_ptr()), sum, d, dx);
-            if MINIMA {
-                a = end_min(a, min_sum(&mins, x.sum32.add(8 * at)), dmin, dx);
+            if PAIRS > 0 {
+                a = end_min(a, unpacked_min_sum::<PAIRS>(w, x, at), dmin, dx);
             }
             _mm512_storeu_ps(acc.as_mut_ptr(), a);
         }

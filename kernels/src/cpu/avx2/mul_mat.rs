@@ -3,7 +3,7 @@
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked, by_chunks};
 use crate::mul_mat::activations::{self, Group, Parts, Place};
 use crate::mul_mat::layout::{ROWS, VECTOR};
-use crate::quant::WeightType;
+use crate::quant::{IQ4_VALUES, WeightType};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -36,7 +36,20 @@ pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
                 WeightType::F16 => float::<F16>(p, x),
                 _ => float::<BF16>(p, x),
             },
-            Tokens::Quants(x) => by_chunks::<TILE>(p, x, scratch, tile),
+            Tokens::Quants(x) => by_chunks::<TILE>(p, x, scratch, tile, look_up),
+        }
+    }
+}
+
+/// Places in IQ4_NL's table become its values.
+#[target_feature(enable = "avx2")]
+unsafe fn look_up(words: &mut [[u8; VECTOR]]) {
+    // SAFETY: 16 values; 32 of each vector's bytes at a time.
+    unsafe {
+        let values = _mm256_broadcastsi128_si256(_mm_loadu_si128(IQ4_VALUES.as_ptr().cast()));
+        for q in words.as_flattened_mut().chunks_exact_mut(32) {
+            let q = q.as_mut_ptr().cast();
+            _mm256_storeu_si256(q, _mm256_shuffle_epi8(values, _mm256_loadu_si256(q)));
         }
     }
 }
@@ -51,23 +64,45 @@ unsafe fn tile(
 ) {
     // SAFETY: as `by_chunks` promises.
     unsafe {
-        match (acc.as_chunks_mut::<TILE>().0.first_mut(), ty) {
-            (Some(acc), WeightType::Q8_0) => dot32::<TILE, true>(w, blocks, x, acc),
-            (Some(acc), WeightType::Q4_0) => dot32::<TILE, false>(w, blocks, x, acc),
-            (Some(acc), ty) if ty.has_minima() => dot256::<TILE, true>(w, blocks.start, x, acc),
-            (Some(acc), _) => dot256::<TILE, false>(w, blocks.start, x, acc),
-            (None, _) => {
-                let acc = &mut acc.as_chunks_mut::<1>().0[0];
-                match ty {
-                    WeightType::Q8_0 => dot32::<1, true>(w, blocks, x, acc),
-                    WeightType::Q4_0 => dot32::<1, false>(w, blocks, x, acc),
-                    ty if ty.has_minima() => dot256::<1, true>(w, blocks.start, x, acc),
-                    _ => dot256::<1, false>(w, blocks.start, x, acc),
-                }
-            }
+        match acc.as_chunks_mut::<TILE>().0.first_mut() {
+            Some(acc) => tile_n::<TILE>(ty, w, blocks, x, acc),
+            None => tile_n::<1>(ty, w, blocks, x, &mut acc.as_chunks_mut::<1>().0[0]),
         }
     }
 }
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tile_n<const T: usize>(
+    ty: WeightType,
+    w: &Unpacked,
+    blocks: Range<usize>,
+    x: Group,
+    acc: &mut [[f32; ROWS]; T],
+) {
+    // SAFETY: as `by_chunks` promises.
+    unsafe {
+        match ty {
+            WeightType::Q8_0 | WeightType::Q5_0 | WeightType::IQ4_NL => {
+                dot32::<T, SIGNED>(w, blocks, x, acc);
+            }
+            WeightType::Q4_0 => dot32::<T, ZERO_AT_8>(w, blocks, x, acc),
+            WeightType::Q4_1 | WeightType::Q5_1 => dot32::<T, MINIMA>(w, blocks, x, acc),
+            WeightType::IQ4_XS => dot256::<T, SIGNED>(w, blocks.start, x, acc),
+            WeightType::Q2_K => dot256::<T, MINIMA_OF_16>(w, blocks.start, x, acc),
+            WeightType::Q4_K | WeightType::Q5_K => dot256::<T, MINIMA>(w, blocks.start, x, acc),
+            _ => dot256::<T, ZERO_AT_32>(w, blocks.start, x, acc),
+        }
+    }
+}
+
+/// What [`Unpacked`]'s words are: signed, or unsigned with zero at 8 or 32, or with minima of 32 or of
+/// 16 columns.
+const SIGNED: u8 = 0;
+const ZERO_AT_8: u8 = 1;
+const ZERO_AT_32: u8 = 2;
+const MINIMA: u8 = 3;
+const MINIMA_OF_16: u8 = 4;
 
 /// Rows `8 * half..` of a vector of words.
 #[inline]
@@ -89,8 +124,8 @@ unsafe fn four(q: *const i8) -> __m256i {
 /// no pair of products leaves 16 bits, as activations stop at 127.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot4<const SIGNED: bool>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
-    let pairs = if SIGNED {
+fn dot4<const WORDS: u8>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    let pairs = if WORDS == SIGNED {
         _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
     } else {
         _mm256_maddubs_epi16(w, x)
@@ -112,9 +147,22 @@ unsafe fn end(acc: &mut [f32; ROWS], half: usize, sum: __m256i, d: &[f32; ROWS],
     }
 }
 
+/// Adds a block's minimum: `m * (activations' scale * sum)`.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn dot32<const T: usize, const SIGNED: bool>(
+unsafe fn add_minimum(acc: &mut [f32; ROWS], half: usize, m: &[f32; ROWS], dsum: f32) {
+    // SAFETY: eight of sixteen numbers each.
+    unsafe {
+        let acc = acc.as_mut_ptr().add(LANES * half);
+        let m = _mm256_loadu_ps(m.as_ptr().add(LANES * half));
+        let sum = _mm256_fmadd_ps(m, _mm256_set1_ps(dsum), _mm256_loadu_ps(acc));
+        _mm256_storeu_ps(acc, sum);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn dot32<const T: usize, const WORDS: u8>(
     w: &Unpacked,
     blocks: Range<usize>,
     x: Group,
@@ -126,7 +174,7 @@ unsafe fn dot32<const T: usize, const SIGNED: bool>(
             unsafe {
                 let q = x.q.add(b / 2 * x.width * 64 + b % 2 * 32);
                 let mut sums = [_mm256_setzero_si256(); T];
-                if !SIGNED {
+                if WORDS == ZERO_AT_8 {
                     for t in 0..T {
                         sums[t] = _mm256_set1_epi32(*x.neg8.add(b * x.width + t));
                     }
@@ -134,12 +182,16 @@ unsafe fn dot32<const T: usize, const SIGNED: bool>(
                 for j in 0..8 {
                     let w = load(w.words[8 * i + j].as_ptr(), half);
                     for t in 0..T {
-                        sums[t] = dot4::<SIGNED>(sums[t], w, four(q.add(64 * t + 4 * j)));
+                        sums[t] = dot4::<WORDS>(sums[t], w, four(q.add(64 * t + 4 * j)));
                     }
                 }
                 for t in 0..T {
                     let dx = *x.d.add(b * x.width + t);
                     end(&mut acc[t], half, sums[t], &w.d[i], dx);
+                    if WORDS == MINIMA {
+                        let dsum = *x.dsum.add(b * x.width + t);
+                        add_minimum(&mut acc[t], half, &w.m[i], dsum);
+                    }
                 }
             }
         }
@@ -152,13 +204,16 @@ unsafe fn dot32<const T: usize, const SIGNED: bool>(
 /// The instruction set must be there; the block must be one of panel and tokens.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn dot256<const T: usize, const MINIMA: bool>(
+unsafe fn dot256<const T: usize, const WORDS: u8>(
     w: &Unpacked,
     b: usize,
     x: Group,
     acc: &mut [[f32; ROWS]; T],
 ) {
-    let words_per_sub = if MINIMA { 8 } else { 4 };
+    let words_per_sub = match WORDS {
+        ZERO_AT_32 | MINIMA_OF_16 => 4,
+        _ => 8,
+    };
     for half in 0..2 {
         // SAFETY: as `by_chunks` promises.
         unsafe {
@@ -168,7 +223,7 @@ unsafe fn dot256<const T: usize, const MINIMA: bool>(
                 let q =
                     x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
                 let mut sums = [_mm256_setzero_si256(); T];
-                if !MINIMA {
+                if WORDS == ZERO_AT_32 {
                     for t in 0..T {
                         let at = 16 * (b * x.width + t) + s;
                         sums[t] = _mm256_set1_epi32(*x.neg32.add(at));
@@ -177,7 +232,7 @@ unsafe fn dot256<const T: usize, const MINIMA: bool>(
                 for j in 0..words_per_sub {
                     let w = load(w.words[first + j].as_ptr(), half);
                     for t in 0..T {
-                        sums[t] = dot4::<false>(sums[t], w, four(q.add(64 * t + 4 * j)));
+                        sums[t] = dot4::<WORDS>(sums[t], w, four(q.add(64 * t + 4 * j)));
                     }
                 }
                 let scale = load(w.scales[s].as_ptr().cast(), half);
@@ -190,11 +245,16 @@ unsafe fn dot256<const T: usize, const MINIMA: bool>(
                 let at = b * x.width + t;
                 let dx = *x.d.add(at);
                 end(&mut acc[t], half, total[t], &w.d[0], dx);
-                if MINIMA {
+                if matches!(WORDS, MINIMA | MINIMA_OF_16) {
+                    let (n, sums) = if WORDS == MINIMA {
+                        (8, x.sum32)
+                    } else {
+                        (16, x.sum16)
+                    };
                     let mut sum = _mm256_setzero_si256();
-                    for i in 0..4 {
+                    for i in 0..n / 2 {
                         let min = load(w.mins[i].as_ptr().cast(), half);
-                        let pair = four(x.sum32.add(8 * at + 2 * i).cast());
+                        let pair = four(sums.add(n * at + 2 * i).cast());
                         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(min, pair));
                     }
                     // Taking away is adding the negated integer, to the bit.

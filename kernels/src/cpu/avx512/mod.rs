@@ -3,6 +3,8 @@
 pub(crate) mod add;
 pub(crate) mod attend;
 pub(crate) mod mul_mat;
+pub(crate) mod mul_mat_2_bit;
+pub(crate) mod mul_mat_32;
 mod mul_mat_float;
 pub(crate) mod recur;
 pub(crate) mod rms_norm;

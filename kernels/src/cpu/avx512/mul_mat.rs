@@ -5,11 +5,12 @@
 //! block with the same operations (`end32`, `end256`) in the same order, so a token's result
 //! does not depend on the form; inside a block sums are integers and exact.
 
+use super::{mul_mat_2_bit, mul_mat_32};
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
 use crate::mul_mat::activations::{self, GROUP, Group, Parts, Place, Quants};
 use crate::mul_mat::layout::{
-    Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_K_BLOCK, Q5_K_HIGH, Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES,
-    ROWS, VECTOR, panel_bytes,
+    IQ4_XS_BLOCK, IQ4_XS_SCALES, Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_K_BLOCK, Q5_K_HIGH,
+    Q6_K_BLOCK, Q6_K_HIGH, Q6_K_SCALES, ROWS, VECTOR, panel_bytes,
 };
 use crate::quant::WeightType;
 use std::arch::x86_64::*;
@@ -107,19 +108,6 @@ pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
     }
 }
 
-/// Which bytes [`dot32`] finds: file-order words or unpacked ones.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-enum Words {
-    Q8_0,
-    Q4_0,
-    /// Unsigned bytes with zero at 128.
-    Unpacked,
-}
-const Q8_0: u8 = Words::Q8_0 as u8;
-const Q4_0: u8 = Words::Q4_0 as u8;
-const UNPACKED: u8 = Words::Unpacked as u8;
-
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn vector(p: &Panel<'_>, x: &Quants) {
     let mut t = p.tokens.start;
@@ -149,15 +137,13 @@ unsafe fn vector_n<const T: usize>(p: &Panel<'_>, x: Group, t: usize) {
     // SAFETY: the panel has these blocks, the group these tokens.
     unsafe {
         match p.ty {
-            WeightType::Q8_0 => {
-                dot32::<T, Q8_0, true>(next, p.bytes, p.scales(), blocks, x, &mut acc);
-            }
-            WeightType::Q4_0 => {
-                dot32::<T, Q4_0, true>(next, p.bytes, p.scales(), blocks, x, &mut acc);
-            }
             WeightType::Q4_K => vector_q4_k::<T, false>(p.bytes, blocks, x, &mut acc),
             WeightType::Q5_K => vector_q4_k::<T, true>(p.bytes, blocks, x, &mut acc),
-            _ => vector_q6_k(next, p.bytes, p.scales(), blocks, x, &mut acc),
+            WeightType::Q2_K => mul_mat_2_bit::vector::<T, false>(p, x, &mut acc),
+            WeightType::Q3_K => mul_mat_2_bit::vector::<T, true>(p, x, &mut acc),
+            WeightType::Q6_K => vector_q6_k(next, p.bytes, p.scales(), blocks, x, &mut acc),
+            WeightType::IQ4_XS => vector_iq4_xs(next, p.bytes, p.scales(), blocks, x, &mut acc),
+            _ => mul_mat_32::vector(p, x, &mut acc),
         }
         for (i, acc) in acc.into_iter().enumerate() {
             store(p, t + i, acc);
@@ -198,7 +184,7 @@ pub(in crate::cpu) unsafe fn load(bytes: *const u8, i: usize) -> __m512i {
 /// Four neighbouring activations in every lane.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn four(q: *const i8) -> __m512i {
+pub(super) unsafe fn four(q: *const i8) -> __m512i {
     // SAFETY: the caller has these four bytes.
     unsafe { _mm512_set1_epi32(q.cast::<i32>().read_unaligned()) }
 }
@@ -213,7 +199,7 @@ pub(in crate::cpu) unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn fetch(bytes: *const u8, n: usize) {
+pub(super) unsafe fn fetch(bytes: *const u8, n: usize) {
     for i in 0..n {
         _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(AHEAD + i * VECTOR).cast());
     }
@@ -223,7 +209,13 @@ unsafe fn fetch(bytes: *const u8, n: usize) {
 /// this one's `n`: they are a stream of their own, too thin for the hardware to follow.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn fetch_scales(scales: *const u8, b: usize, ahead: usize, n: usize, panel_bytes: usize) {
+pub(super) fn fetch_scales(
+    scales: *const u8,
+    b: usize,
+    ahead: usize,
+    n: usize,
+    panel_bytes: usize,
+) {
     let next = b + ahead;
     let at = if next < n {
         2 * ROWS * next
@@ -245,69 +237,6 @@ pub(in crate::cpu) fn end(acc: __m512, sum: __m512i, d: __m512, dx: __m512) -> _
 #[target_feature(enable = "avx512f")]
 pub(in crate::cpu) fn end_min(acc: __m512, sum: __m512i, dmin: __m512, dx: __m512) -> __m512 {
     _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(dmin, dx), acc)
-}
-
-/// Accumulates `blocks` of 32 columns for `T` tokens. With `FETCH` what comes next is asked for,
-/// in the next panel too.
-///
-/// # Safety
-/// `words` and `scales` hold these blocks, `x` these tokens and blocks.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn dot32<const T: usize, const W: u8, const FETCH: bool>(
-    panel_bytes: usize,
-    words: *const u8,
-    scales: *const u8,
-    blocks: Range<usize>,
-    x: Group,
-    acc: &mut [__m512; T],
-) {
-    let low = _mm512_set1_epi8(15);
-    let zero = _mm512_set1_epi8(-128);
-    // SAFETY: in bounds by the caller's promise.
-    unsafe {
-        let n = blocks.end;
-        for b in blocks {
-            if FETCH {
-                fetch_scales(scales, b, 16, n, panel_bytes);
-            }
-            let mut w = [_mm512_setzero_si512(); 8];
-            if W == Q4_0 {
-                // Whole panels are asked for in order, scales at their ends included.
-                if FETCH {
-                    fetch(words.wrapping_add(b * (4 * VECTOR + 2 * ROWS)), 5);
-                }
-                let words = words.wrapping_add(b * 4 * VECTOR);
-                for j in 0..4 {
-                    let v = load(words, j);
-                    w[j] = _mm512_and_si512(v, low);
-                    w[j + 4] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
-                }
-            } else {
-                if FETCH {
-                    fetch(words.wrapping_add(b * (8 * VECTOR + 2 * ROWS)), 9);
-                }
-                let words = words.wrapping_add(b * 8 * VECTOR);
-                for j in 0..8 {
-                    w[j] = load(words, j);
-                    if W == Q8_0 {
-                        w[j] = _mm512_xor_si512(w[j], zero);
-                    }
-                }
-            }
-            let d = halves(scales, b);
-            let start = if W == Q4_0 { x.neg8 } else { x.neg128 };
-            let q = x.q.add(b / 2 * x.width * 64 + b % 2 * 32);
-            for t in 0..T {
-                let mut sum = _mm512_set1_epi32(*start.add(b * x.width + t));
-                for j in 0..8 {
-                    sum = _mm512_dpbusd_epi32(sum, w[j], four(q.add(64 * t + 4 * j)));
-                }
-                let dx = _mm512_set1_ps(*x.d.add(b * x.width + t));
-                acc[t] = end(acc[t], sum, d, dx);
-            }
-        }
-    }
 }
 
 /// The two words of 6-bit numbers (sub-blocks 0..4 and 4..8) of Q4_K's scales and minima.
@@ -333,7 +262,7 @@ unsafe fn q4_k_scales(block: *const u8) -> ([__m512i; 2], [__m512i; 2]) {
 /// Bytes 2i and 2i + 1 of every lane as a pair of 16-bit numbers, for i = 0 and 1.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn byte_pairs(v: __m512i) -> [__m512i; 2] {
+pub(super) fn byte_pairs(v: __m512i) -> [__m512i; 2] {
     let even = _mm512_set1_epi32(0x00FF_00FF);
     // Lane bytes (a, b, c, d): (a, c) and (b, d) as 16-bit numbers, then regrouped.
     let ac = _mm512_and_si512(v, even);
@@ -345,23 +274,40 @@ fn byte_pairs(v: __m512i) -> [__m512i; 2] {
     ]
 }
 
-/// Sum of minima times activations over a block of 256: `mins` are pairs of sub-blocks.
+/// Sum of minima times activations over a block of 256: `mins` are pairs of sub-blocks, `sums` the
+/// activations' of each.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-pub(in crate::cpu) unsafe fn min_sum(mins: &[__m512i; 4], sums: *const i16) -> __m512i {
+pub(in crate::cpu) unsafe fn min_sum(mins: &[__m512i], sums: *const i16) -> __m512i {
     let mut sum = _mm512_setzero_si512();
     for (i, &min) in mins.iter().enumerate() {
-        // SAFETY: eight sums per block by the caller's promise.
+        // SAFETY: a sum for each minimum by the caller's promise.
         sum = _mm512_dpwssd_epi32(sum, min, unsafe { four(sums.add(2 * i).cast()) });
     }
     sum
 }
 
-/// The fifth bits of sub-block `s` of Q5_K, in their place: the file has them at bit `s` of each
-/// byte, and turning by the distance to bit 4 leaves each in its byte.
+/// [`min_sum`] of `PAIRS` pairs of unpacked minima and the token's block at `at`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+pub(in crate::cpu) unsafe fn unpacked_min_sum<const PAIRS: usize>(
+    w: &Unpacked,
+    x: Group,
+    at: usize,
+) -> __m512i {
+    // SAFETY: the group has this token and block by the caller's promise.
+    unsafe {
+        let mins: [__m512i; PAIRS] = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
+        let sums = if PAIRS == 8 { x.sum16 } else { x.sum32 };
+        min_sum(&mins, sums.wrapping_add(2 * PAIRS * at))
+    }
+}
+
+/// The fifth bits of sub-block `s` of Q5_K (of word `s` of Q5_0 or Q5_1), in their place: they are at
+/// bit `s` of each byte, and turning by the distance to bit 4 leaves each in its byte.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn fifth_bits(high: __m512i, s: usize) -> __m512i {
+pub(super) fn fifth_bits(high: __m512i, s: usize) -> __m512i {
     let turn = _mm512_set1_epi32((s as i32 - 4) & 31);
     _mm512_and_si512(_mm512_rorv_epi32(high, turn), _mm512_set1_epi8(16))
 }
@@ -461,7 +407,7 @@ fn q6_k_quants(low: [__m512i; 4], high: [__m512i; 4], run: usize) -> [__m512i; 4
 /// Byte `i` of every lane of the scales' word, sign-extended.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn q6_k_scale(word: __m512i, i: usize) -> __m512i {
+pub(super) fn q6_k_scale(word: __m512i, i: usize) -> __m512i {
     let up = _mm_cvtsi32_si128(24 - 8 * i as i32);
     _mm512_srai_epi32(_mm512_sll_epi32(word, up), 24)
 }
@@ -522,6 +468,71 @@ unsafe fn vector_q6_k<const T: usize>(
     }
 }
 
+/// `-128 * sum` in every lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn neg128(sum: *const i16) -> __m512i {
+    // SAFETY: passed on.
+    _mm512_set1_epi32(-128 * i32::from(unsafe { *sum }))
+}
+
+/// Sub-block `s` of an IQ4_XS block: bytes with zero at 128, and the scale.
+///
+/// # Safety
+/// The instruction set must be there; `block` must be a whole block of that type.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn iq4_xs_quants(block: *const u8, s: usize) -> ([__m512i; 8], __m512i) {
+    // SAFETY: a whole block by the caller's promise.
+    unsafe {
+        let scales = load(block.add(IQ4_XS_SCALES), s / 4);
+        let words = mul_mat_32::iq4_quants(block.add(4 * s * VECTOR));
+        (words, q6_k_scale(scales, s % 4))
+    }
+}
+
+/// # Safety
+/// The instruction set must be there; the panel must be of that type.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+unsafe fn vector_iq4_xs<const T: usize>(
+    panel_bytes: usize,
+    bytes: *const u8,
+    scales: *const u8,
+    blocks: Range<usize>,
+    x: Group,
+    acc: &mut [__m512; T],
+) {
+    let n = blocks.end;
+    for b in blocks {
+        // SAFETY: in bounds by the caller's promise.
+        unsafe {
+            let block = bytes.add(b * IQ4_XS_BLOCK);
+            fetch_scales(scales, b, 3, n, panel_bytes);
+            fetch(block.wrapping_add(IQ4_XS_SCALES), 2);
+            let mut total = [_mm512_setzero_si512(); T];
+            for s in 0..8 {
+                fetch(block.wrapping_add(4 * s * VECTOR), 4);
+                let (w, scale) = iq4_xs_quants(block, s);
+                let q = x.q.add((4 * b + s / 2) * x.width * 64 + s % 2 * 32);
+                for t in 0..T {
+                    let mut sum = neg128(x.sum32.add(8 * (b * x.width + t) + s));
+                    for j in 0..8 {
+                        sum = _mm512_dpbusd_epi32(sum, w[j], four(q.add(64 * t + 4 * j)));
+                    }
+                    let sum = _mm512_mullo_epi32(sum, scale);
+                    total[t] = _mm512_add_epi32(total[t], sum);
+                }
+            }
+            let d = halves(scales, b);
+            for t in 0..T {
+                let dx = _mm512_set1_ps(*x.d.add(b * x.width + t));
+                acc[t] = end(acc[t], total[t], d, dx);
+            }
+        }
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
     let n = p.tokens.len();
@@ -537,11 +548,17 @@ unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
         while b < n_blocks {
             let blocks = b..(b + per_chunk).min(n_blocks);
             match p.ty {
-                WeightType::Q8_0 => {}
-                WeightType::Q4_0 => unpack_q4_0(p.bytes, blocks.clone(), unpacked),
                 WeightType::Q4_K => unpack_q4_k::<false>(p.bytes.add(b * Q4_K_BLOCK), unpacked),
                 WeightType::Q5_K => unpack_q4_k::<true>(p.bytes.add(b * Q5_K_BLOCK), unpacked),
-                _ => unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked),
+                WeightType::Q2_K => mul_mat_2_bit::unpack::<false>(p, b, unpacked),
+                WeightType::Q3_K => mul_mat_2_bit::unpack::<true>(p, b, unpacked),
+                WeightType::Q6_K => {
+                    unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked);
+                }
+                WeightType::IQ4_XS => {
+                    unpack_iq4_xs(p.bytes.add(b * IQ4_XS_BLOCK), p.scales(), b, unpacked);
+                }
+                _ => mul_mat_32::unpack::<128>(p, blocks.clone(), &mut unpacked.words),
             }
             let mut t = p.tokens.start;
             while t < p.tokens.end {
@@ -575,17 +592,16 @@ unsafe fn tile_n<const T: usize>(
     // SAFETY: as `tile`.
     unsafe {
         let mut a: [__m512; T] = std::array::from_fn(|t| _mm512_loadu_ps(acc[t].as_ptr()));
-        let scales = p.scales();
         match p.ty {
-            WeightType::Q8_0 => dot32::<T, Q8_0, false>(0, p.bytes, scales, blocks, x, &mut a),
-            WeightType::Q4_0 => {
-                // `dot32` counts blocks from the panel's start.
-                let words = unpacked.words.as_ptr().cast::<u8>();
-                let words = words.wrapping_sub(blocks.start * 8 * VECTOR);
-                dot32::<T, UNPACKED, false>(0, words, scales, blocks, x, &mut a);
+            WeightType::Q2_K => dot256::<T, 4, 8>(unpacked, blocks.start, x, &mut a),
+            WeightType::Q4_K | WeightType::Q5_K => {
+                dot256::<T, 8, 4>(unpacked, blocks.start, x, &mut a);
             }
-            ty if ty.has_minima() => dot256::<T, true>(unpacked, blocks.start, x, &mut a),
-            _ => dot256::<T, false>(unpacked, blocks.start, x, &mut a),
+            WeightType::Q3_K | WeightType::Q6_K => {
+                dot256::<T, 4, 0>(unpacked, blocks.start, x, &mut a);
+            }
+            WeightType::IQ4_XS => dot256::<T, 8, 0>(unpacked, blocks.start, x, &mut a),
+            _ => mul_mat_32::tile(p, blocks, x, &unpacked.words, &mut a),
         }
         for (acc, a) in acc.iter_mut().zip(a) {
             _mm512_storeu_ps(acc.as_mut_ptr(), a);
@@ -599,25 +615,6 @@ unsafe fn tile_n<const T: usize>(
 pub(in crate::cpu) unsafe fn put(to: &mut [u8; VECTOR], v: __m512i) {
     // SAFETY: 64 bytes.
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn unpack_q4_0(bytes: *const u8, blocks: Range<usize>, to: &mut Unpacked) {
-    let low = _mm512_set1_epi8(15);
-    // From zero at 8 to zero at 128.
-    let up = _mm512_set1_epi8(120);
-    for (i, b) in blocks.enumerate() {
-        for j in 0..4 {
-            // SAFETY: the panel has these blocks.
-            unsafe {
-                let v = load(bytes.add(b * 4 * VECTOR), j);
-                let high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
-                let w = _mm512_and_si512(v, low);
-                put(&mut to.words[8 * i + j], _mm512_add_epi8(w, up));
-                put(&mut to.words[8 * i + j + 4], _mm512_add_epi8(high, up));
-            }
-        }
-    }
 }
 
 /// Unpacks a block of 16 rows of Q4_K, or of Q5_K with its fifth bits `FIVE`.
@@ -690,38 +687,60 @@ pub(in crate::cpu) unsafe fn unpack_q6_k(
     }
 }
 
-/// Adds unpacked block `b` of 256 columns for `T` tokens: Q4_K or Q5_K with their minima, or Q6_K.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+pub(in crate::cpu) unsafe fn unpack_iq4_xs(
+    block: *const u8,
+    scales: *const u8,
+    b: usize,
+    to: &mut Unpacked,
+) {
+    // SAFETY: a whole block by the caller's promise; every store is to a whole array.
+    unsafe {
+        for s in 0..8 {
+            let (words, scale) = iq4_xs_quants(block, s);
+            for (to, w) in to.words[8 * s..].iter_mut().zip(words) {
+                put(to, w);
+            }
+            _mm512_storeu_si512(to.scales[s].as_mut_ptr().cast(), scale);
+        }
+        _mm512_storeu_ps(to.d[0].as_mut_ptr(), halves(scales, b));
+    }
+}
+
+/// Adds unpacked block `b` of 256 columns for `T` tokens: sub-blocks of `WORDS` words with
+/// `PAIRS` pairs of minima (Q2_K, Q4_K, Q5_K), or without and with zero at 32 (Q3_K, Q6_K) or, in
+/// sub-blocks of 32 columns, at 128 (IQ4_XS).
 ///
 /// # Safety
 /// The instruction set must be there; `b` must be a block of the tokens.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn dot256<const T: usize, const MINIMA: bool>(
+unsafe fn dot256<const T: usize, const WORDS: usize, const PAIRS: usize>(
     w: &Unpacked,
     b: usize,
     x: Group,
     acc: &mut [__m512; T],
 ) {
-    let words_per_sub = if MINIMA { 8 } else { 4 };
     // SAFETY: the group has these tokens and this block.
     unsafe {
         let mut total = [_mm512_setzero_si512(); T];
-        for s in 0..64 / words_per_sub {
-            let first = s * words_per_sub;
-            let mut v = [_mm512_setzero_si512(); 8];
-            for j in 0..words_per_sub {
+        for s in 0..64 / WORDS {
+            let first = s * WORDS;
+            let mut v = [_mm512_setzero_si512(); WORDS];
+            for j in 0..WORDS {
                 v[j] = load(w.words[first + j].as_ptr(), 0);
             }
             let scale = load(w.scales[s].as_ptr().cast(), 0);
             let q =
                 x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
             for t in 0..T {
-                let mut sum = if MINIMA {
-                    _mm512_setzero_si512()
-                } else {
-                    _mm512_set1_epi32(*x.neg32.add(16 * (b * x.width + t) + s))
+                let at = b * x.width + t;
+                let mut sum = match WORDS {
+                    _ if PAIRS > 0 => _mm512_setzero_si512(),
+                    4 => _mm512_set1_epi32(*x.neg32.add(16 * at + s)),
+                    _ => neg128(x.sum32.add(8 * at + s)),
                 };
-                for j in 0..words_per_sub {
+                for j in 0..WORDS {
                     sum = _mm512_dpbusd_epi32(sum, v[j], four(q.add(64 * t + 4 * j)));
                 }
                 total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(sum, scale));
@@ -733,9 +752,8 @@ unsafe fn dot256<const T: usize, const MINIMA: bool>(
             let at = b * x.width + t;
             let dx = _mm512_set1_ps(*x.d.add(at));
             acc[t] = end(acc[t], total[t], d, dx);
-            if MINIMA {
-                let mins = std::array::from_fn(|i| load(w.mins[i].as_ptr().cast(), 0));
-                acc[t] = end_min(acc[t], min_sum(&mins, x.sum32.add(8 * at)), dmin, dx);
+            if PAIRS > 0 {
+                acc[t] = end_min(acc[t], unpacked_min_sum::<PAIRS>(w, x, at), dmin, dx);
             }
         }
     }

@@ -3,7 +3,7 @@
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked, by_chunks, column};
 use crate::mul_mat::activations::{self, Group, Parts, Place};
 use crate::mul_mat::layout::{ROWS, VECTOR};
-use crate::quant::WeightType;
+use crate::quant::{IQ4_VALUES, WeightType};
 use std::arch::aarch64::*;
 use std::arch::asm;
 use std::ops::Range;
@@ -31,7 +31,19 @@ pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
     unsafe {
         match p.x {
             Tokens::F32(x) => float(p, x),
-            Tokens::Quants(x) => by_chunks::<TILE>(p, x, scratch, tile),
+            Tokens::Quants(x) => by_chunks::<TILE>(p, x, scratch, tile, look_up),
+        }
+    }
+}
+
+/// Places in IQ4_NL's table become its values.
+unsafe fn look_up(words: &mut [[u8; VECTOR]]) {
+    // SAFETY: 16 values; 16 of each vector's bytes at a time.
+    unsafe {
+        let values = vld1q_s8(IQ4_VALUES.as_ptr());
+        for q in words.as_flattened_mut().chunks_exact_mut(16) {
+            let places = vld1q_u8(q.as_ptr());
+            vst1q_s8(q.as_mut_ptr().cast(), vqtbl1q_s8(values, places));
         }
     }
 }
@@ -47,8 +59,8 @@ unsafe fn tile(
         // SAFETY: as `by_chunks` promises.
         unsafe {
             let x = x.at_token(t);
-            match ty {
-                WeightType::Q8_0 | WeightType::Q4_0 => dot32(ty, w, blocks.clone(), x, acc),
+            match ty.block_len() {
+                32 => dot32(ty, w, blocks.clone(), x, acc),
                 _ => dot256(ty, w, blocks.start, x, acc),
             }
         }
@@ -99,6 +111,17 @@ unsafe fn end(acc: &mut [f32; ROWS], quarter: usize, sum: int32x4_t, d: &[f32; R
     }
 }
 
+/// Adds a block's minimum: `m * (activations' scale * sum)`.
+#[inline(always)]
+unsafe fn add_minimum(acc: &mut [f32; ROWS], quarter: usize, m: &[f32; ROWS], dsum: f32) {
+    // SAFETY: four of sixteen numbers each.
+    unsafe {
+        let acc = acc.as_mut_ptr().add(LANES * quarter);
+        let m = vld1q_f32(m.as_ptr().add(LANES * quarter));
+        vst1q_f32(acc, vfmaq_n_f32(vld1q_f32(acc), m, dsum));
+    }
+}
+
 unsafe fn dot32(
     ty: WeightType,
     w: &Unpacked,
@@ -111,16 +134,19 @@ unsafe fn dot32(
             // SAFETY: as `by_chunks` promises.
             unsafe {
                 let q = x.q.add(b / 2 * x.width * 64 + b % 2 * 32);
-                let start = if ty == WeightType::Q8_0 {
-                    0
-                } else {
+                let start = if ty == WeightType::Q4_0 {
                     *x.neg8.add(b * x.width)
+                } else {
+                    0
                 };
                 let mut sum = vdupq_n_s32(start);
                 for j in 0..8 {
                     sum = dot4(sum, load(&w.words[8 * i + j], quarter), four(q.add(4 * j)));
                 }
                 end(acc, quarter, sum, &w.d[i], *x.d.add(b * x.width));
+                if ty.has_minima() {
+                    add_minimum(acc, quarter, &w.m[i], *x.dsum.add(b * x.width));
+                }
             }
         }
     }
@@ -128,7 +154,11 @@ unsafe fn dot32(
 
 unsafe fn dot256(ty: WeightType, w: &Unpacked, b: usize, x: Group, acc: &mut [f32; ROWS]) {
     let minima = ty.has_minima();
-    let words_per_sub = if minima { 8 } else { 4 };
+    let zero_at_32 = matches!(ty, WeightType::Q3_K | WeightType::Q6_K);
+    let words_per_sub = match ty {
+        WeightType::Q2_K | WeightType::Q3_K | WeightType::Q6_K => 4,
+        _ => 8,
+    };
     for quarter in 0..ROWS / LANES {
         // SAFETY: as `by_chunks` promises.
         unsafe {
@@ -138,7 +168,11 @@ unsafe fn dot256(ty: WeightType, w: &Unpacked, b: usize, x: Group, acc: &mut [f3
                 let first = s * words_per_sub;
                 let q =
                     x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
-                let start = if minima { 0 } else { *x.neg32.add(16 * at + s) };
+                let start = if zero_at_32 {
+                    *x.neg32.add(16 * at + s)
+                } else {
+                    0
+                };
                 let mut sum = vdupq_n_s32(start);
                 for j in 0..words_per_sub {
                     sum = dot4(sum, load(&w.words[first + j], quarter), four(q.add(4 * j)));
@@ -150,10 +184,12 @@ unsafe fn dot256(ty: WeightType, w: &Unpacked, b: usize, x: Group, acc: &mut [f3
             end(acc, quarter, total, &w.d[0], dx);
             if minima {
                 let mut sum = [0i32; LANES];
+                let n = ty.sub_minima();
+                let sums = if n == 16 { x.sum16 } else { x.sum32 };
                 for (r, sum) in sum.iter_mut().enumerate() {
-                    for s in 0..8 {
+                    for s in 0..n {
                         let min = w.mins[s / 2][2 * (LANES * quarter + r) + s % 2];
-                        *sum -= i32::from(min) * i32::from(*x.sum32.add(8 * at + s));
+                        *sum -= i32::from(min) * i32::from(*sums.add(n * at + s));
                     }
                 }
                 end(acc, quarter, vld1q_s32(sum.as_ptr()), &w.dmin, dx);

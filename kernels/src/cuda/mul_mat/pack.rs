@@ -1,6 +1,9 @@
 //! From the rows of a GGUF file to the device's order; `kernels/cuda/packed.cuh` describes it.
 
-use crate::quant::{BlockQ4_0, BlockQ4K, BlockQ6K, BlockQ8_0, WeightType, dequantize_row};
+use crate::quant::{
+    BlockIQ4NL, BlockQ3K, BlockQ4_0, BlockQ4K, BlockQ5_0, BlockQ6K, BlockQ8_0, IQ4_VALUES,
+    WeightType, dequantize_row,
+};
 use half::f16;
 
 /// Rows of a panel.
@@ -54,12 +57,19 @@ impl Kind {
     pub(super) fn of(ty: WeightType) -> Kind {
         match ty {
             WeightType::F32 => Kind::F32,
-            // Q5_K has no kernel on a card: its numbers are rounded to F16.
-            WeightType::F16 | WeightType::BF16 | WeightType::Q5_K => Kind::F16,
-            WeightType::Q8_0 => Kind::Q8_0,
+            // All but the first two have no kernel on a card: their numbers are rounded to F16.
+            WeightType::F16
+            | WeightType::BF16
+            | WeightType::Q4_1
+            | WeightType::Q5_1
+            | WeightType::Q2_K
+            | WeightType::Q5_K
+            | WeightType::IQ4_XS => Kind::F16,
+            // The same numbers in more bytes.
+            WeightType::Q8_0 | WeightType::Q5_0 | WeightType::IQ4_NL => Kind::Q8_0,
             WeightType::Q4_0 => Kind::Q4_0,
             WeightType::Q4_K => Kind::Q4K,
-            WeightType::Q6_K => Kind::Q6K,
+            WeightType::Q3_K | WeightType::Q6_K => Kind::Q6K,
         }
     }
 
@@ -154,8 +164,8 @@ fn pack_row(ty: WeightType, n_cols: usize, row: &[u8], r: usize, panel: &mut [u8
         chunk / together * (together * chunk_bytes + header) + together * chunk_bytes
     };
     let blocks = row.chunks_exact(ty.block_bytes());
-    match ty {
-        WeightType::F32 | WeightType::F16 | WeightType::BF16 | WeightType::Q5_K => {
+    match Kind::of(ty) {
+        Kind::F32 | Kind::F16 => {
             let mut numbers = vec![0f32; n_cols];
             dequantize_row(ty, row, &mut numbers);
             let largest = numbers.iter().fold(0f32, |m, x| m.max(x.abs()));
@@ -183,10 +193,10 @@ fn pack_row(ty: WeightType, n_cols: usize, row: &[u8], r: usize, panel: &mut [u8
             }
             undo
         }
-        WeightType::Q8_0 | WeightType::Q4_0 => {
+        kind @ (Kind::Q8_0 | Kind::Q4_0) => {
             let d = |block: &[u8]| f16::from_le_bytes([block[0], block[1]]);
             let largest = blocks.clone().fold(0f32, |m, b| m.max(d(b).to_f32().abs()));
-            let steps = if ty == WeightType::Q8_0 { 128.0 } else { 8.0 };
+            let steps = if kind == Kind::Q8_0 { 128.0 } else { 8.0 };
             let (undo, power) = powers(largest * steps);
             for (b, block) in blocks.enumerate() {
                 let (chunk, half) = (b / 2, b % 2);
@@ -196,8 +206,8 @@ fn pack_row(ty: WeightType, n_cols: usize, row: &[u8], r: usize, panel: &mut [u8
                 panel[place..place + 2].copy_from_slice(&scaled(d(block), power));
                 for t in 0..2 {
                     let lane = 4 * g + 2 * half + t;
-                    if ty == WeightType::Q8_0 {
-                        let q = BlockQ8_0::read(block).q;
+                    if kind == Kind::Q8_0 {
+                        let q = signed_bytes(ty, block);
                         let to = &mut panel[at + (below * 32 + lane) * 16..][..16];
                         for (to, &q) in to.iter_mut().zip(&q[t * LANE..]) {
                             *to = (q as u8).wrapping_add(128);
@@ -213,7 +223,7 @@ fn pack_row(ty: WeightType, n_cols: usize, row: &[u8], r: usize, panel: &mut [u8
             // what it would multiply.
             undo
         }
-        WeightType::Q4_K => {
+        Kind::Q4K => {
             let blocks: Vec<BlockQ4K> = blocks.map(BlockQ4K::read).collect();
             let largest = blocks.iter().fold(0f32, |m, b| {
                 let d = b.d.to_f32().abs() * 63.0 * 15.0;
@@ -238,8 +248,8 @@ fn pack_row(ty: WeightType, n_cols: usize, row: &[u8], r: usize, panel: &mut [u8
             }
             undo
         }
-        WeightType::Q6_K => {
-            let blocks: Vec<BlockQ6K> = blocks.map(BlockQ6K::read).collect();
+        Kind::Q6K => {
+            let blocks: Vec<BlockQ6K> = blocks.map(|block| six_bits(ty, block)).collect();
             let largest = blocks.iter().fold(0f32, |m, b| {
                 let steps = b.scale.iter().map(|s| s.unsigned_abs()).max();
                 m.max(b.d.to_f32().abs() * 32.0 * f32::from(steps.unwrap_or(0)))
@@ -264,6 +274,31 @@ fn pack_row(ty: WeightType, n_cols: usize, row: &[u8], r: usize, panel: &mut [u8
             }
             undo
         }
+    }
+}
+
+/// The quants of a block of Q8_0, or of a type that is Q8_0 with fewer values.
+fn signed_bytes(ty: WeightType, block: &[u8]) -> [i8; 32] {
+    match ty {
+        WeightType::Q5_0 => BlockQ5_0::read(block).q.map(|q| q as i8 - 16),
+        WeightType::IQ4_NL => {
+            let q = BlockIQ4NL::read(block).q;
+            q.map(|q| IQ4_VALUES[usize::from(q)])
+        }
+        _ => BlockQ8_0::read(block).q,
+    }
+}
+
+/// A block of Q6_K, or of Q3_K, which is Q6_K with fewer values.
+fn six_bits(ty: WeightType, block: &[u8]) -> BlockQ6K {
+    if ty == WeightType::Q6_K {
+        return BlockQ6K::read(block);
+    }
+    let block = BlockQ3K::read(block);
+    BlockQ6K {
+        d: block.d,
+        scale: block.scale,
+        q: block.q.map(|q| q + 28),
     }
 }
 
