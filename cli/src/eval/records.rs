@@ -656,7 +656,10 @@ mod tests {
         let lists = scored(sample.clone(), Score::Exact);
         for (q, list) in sample.questions.iter().zip(&lists.questions) {
             assert_eq!(list.answers, [q.answers.join(" and ")]);
-            assert_eq!(sample.score.of(&q.answers[0], &q.answers), 1.0 / q.answers.len() as f64);
+            assert_eq!(
+                sample.score.of(&q.answers[0], &q.answers),
+                1.0 / q.answers.len() as f64
+            );
             assert_eq!(lists.score.of(&q.answers.join(" and "), &list.answers), 1.0);
         }
     }

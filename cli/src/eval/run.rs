@@ -385,12 +385,16 @@ mod tests {
         let specs = ["full", "nodes:tau=0.9", "window:window=8@other.gguf"];
         let given: Vec<Arm> = specs.iter().map(|s| s.parse().unwrap()).collect();
         let sweep = parse_sweep("tau=0.1, 0.5").unwrap();
-        let texts = |arms: Vec<Arm>| -> Vec<String> {
-            arms.iter().map(|a| a.label(&a.spec)).collect()
-        };
+        let texts =
+            |arms: Vec<Arm>| -> Vec<String> { arms.iter().map(|a| a.label(&a.spec)).collect() };
         assert_eq!(
             texts(arms(given.clone(), Some(&sweep))),
-            ["full", "nodes:tau=0.1", "nodes:tau=0.5", "window:window=8@other.gguf"]
+            [
+                "full",
+                "nodes:tau=0.1",
+                "nodes:tau=0.5",
+                "window:window=8@other.gguf"
+            ]
         );
         assert_eq!(texts(arms(given, None)), specs);
         for bad in ["tau", "tau=", "=1"] {
