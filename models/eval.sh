@@ -14,6 +14,8 @@ run --task single --length 2k --facts 56 --questions 8 -n 64 --equal-bytes --plo
     --arm nodes --arm nodes:decider=sentence --arm nodes:decider=stride --arm nodes:decider=random --arm window
 # All tasks with learned cuts.
 run --task single,multi_key,update,multi_query,multi_value,tracking,aggregation --length 1k --facts 12 -n 48 --arm nodes
+# The whole list in its order, where several values are asked for.
+run --task multi_query,multi_value --score exact --length 1k --facts 12 -n 48 --arm nodes
 # Chinese.
 run --task single,update,multi_query --lang zh --length 512 --facts 12 -n 24 --arm nodes --arm nodes:decider=sentence
 # tau as a dial.
