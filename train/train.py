@@ -381,8 +381,11 @@ def train(stage, toml, stop=None, overrides=()):
 
         missing = set(dict(model.named_parameters()))
         for file in sorted(Path(run["base"]).glob("*.safetensors")):
-            found = {k: v.float() for k, v in load_file(file).items()}
+            found = {k: v.float() for k, v in load_file(file).items() if not k.startswith("mem.")}
             missing -= set(found)
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):  # tokens that the base does not know
+                if name in found and len(found[name]) < cfg["vocab_size"]:
+                    found[name] = torch.cat([found[name], model.state_dict()[name][len(found[name]):]])
             model.load_state_dict(found, strict=False)
         missing = sorted(n for n in missing if not n.startswith("mem.") and ".ahn." not in n)
         if missing:

@@ -1,4 +1,0 @@
-#!/bin/sh
-# Trains ahn.toml from scratch; run from the repository root. Stops and goes on where it stopped.
-set -e
-python train/train.py compressor train/runs/ahn.toml

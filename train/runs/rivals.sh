@@ -1,0 +1,8 @@
+#!/bin/sh
+# Trains the rivals of the model of default.sh (full.toml, gist.toml, then ahn.toml on the former); run from the
+# repository root. Stops and goes on where it stopped.
+set -e
+for arm in full gist ahn; do
+    python train/train.py compressor train/runs/$arm.toml
+    mneme convert runs-out/$arm/compressor/export -o runs-out/$arm.gguf --outtype f16
+done
