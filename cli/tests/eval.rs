@@ -442,6 +442,28 @@ fn the_model_of_the_tree_remembers() {
     assert!(f1 > 0.9, "{}", arms[0]["boundary"]);
 }
 
+/// What it learnt last: hand-overs followed to their end, every value of a key, and Chinese.
+#[test]
+fn the_model_of_the_tree_follows_lists_and_reads_chinese() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/mneme-records.gguf");
+    let shape = ["--length", "700", "--facts", "12", "-n", "8", "--seed", "4711"];
+    let score = |more: &[&str]| -> Vec<f64> {
+        let base = ["eval", "run", "-m", model, "-t", "2", "--arm", "nodes"];
+        let report = json(&stdout(&[&base[..], &shape, more].concat()));
+        let rows = report["rows"].as_array().unwrap().clone();
+        let mean = |row: &Value| row["score"]["mean"].as_f64().unwrap();
+        rows.iter().map(mean).collect()
+    };
+    for (got, least) in score(&["--task", "tracking,multi_value,multi_query"])
+        .into_iter()
+        .zip([0.7, 0.75, 0.75])
+    {
+        assert!(got > least, "{got} {least}");
+    }
+    let chinese = score(&["--task", "single", "--lang", "zh"]);
+    assert!(chinese[0] > 0.8, "{chinese:?}");
+}
+
 /// Tokens per slot come out as asked, at a length where the controller has had time, below and
 /// above what the decider would spend by itself.
 #[test]
