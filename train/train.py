@@ -144,15 +144,15 @@ class Batches:
         return ids, weights, marks, cut, gaps
 
 
-def sample_cuts(logit, m, generator):
-    """Cuts drawn from p under min_segment and max_segment, and where the draw was free: both [B, T]."""
+def sample_cuts(logit, m, longest, generator):
+    """Cuts drawn from p under min_segment and the smaller of `longest` and max_segment, and where the draw was free: both [B, T]."""
     p = torch.sigmoid(logit.detach())
     want = torch.rand(p.shape, generator=generator).to(p.device) < p
     cut, free = torch.zeros_like(want), torch.zeros_like(want)
     length = torch.zeros(len(p), dtype=torch.long, device=p.device)
     for t in range(p.shape[1]):
         length = length + 1
-        forced, allowed = length >= m["decider.max_segment"], length >= m["decider.min_segment"]
+        forced, allowed = length >= min(longest, m["decider.max_segment"]), length >= m["decider.min_segment"]
         free[:, t] = allowed & ~forced
         cut[:, t] = forced | (want[:, t] & allowed)
         length = torch.where(cut[:, t], 0, length)
@@ -182,7 +182,7 @@ class Step(nn.Module):
                 z = (torch.rand(len(ids) // copies, generator=generator).to(ids.device) * 2 - 1) * run.get("dial", 0.0)
                 z = z.repeat_interleave(copies)
                 logit = logit - z[:, None]
-                cut, free = sample_cuts(logit, net.m, generator)
+                cut, free = sample_cuts(logit, net.m, run["longest"], generator)
                 real = (ids != self.run["pad"])
                 cut, free = cut & real, free & real
                 policy = logit, free
@@ -313,11 +313,13 @@ def export(model, cfg, tokenizer, out, run):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     save_file(model.tensors(), out / "model.safetensors", {"format": "pt"})
+    if cfg["memory"]["kind"] in ("full", "ahn"):  # known by their absence, and by the keys of published checkpoints
+        cfg = {k: v for k, v in cfg.items() if k != "memory"}
     (out / "config.json").write_text(json.dumps(cfg, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (Path(tokenizer) / name).exists():
             shutil.copyfile(Path(tokenizer) / name, out / name)
-    gist = cfg["memory"].get("gist_token_ids", [])
+    gist = model.m.get("gist_token_ids", [])
     if gist:  # the tokenizer has to know them
         data = json.loads((out / "tokenizer.json").read_text())
         for j, token in enumerate(gist):
