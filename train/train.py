@@ -397,7 +397,6 @@ def train(stage, toml, stop=None, overrides=()):
     if world > 1:
         step_module = nn.parallel.DistributedDataParallel(step_module, find_unused_parameters=True)
     batches = Batches(run, encoder, cfg["memory"].get("gist_token_ids", ()))
-    copies = run.get("copies", 1)
     rows, average, began = [], {}, time.time()
     curve = out / "curve.jsonl"
     if curve.exists():
@@ -410,6 +409,7 @@ def train(stage, toml, stop=None, overrides=()):
         levels = phases[phase]["levels"]
         run.clear()
         run.update(stage_keys, **{k: v for k, v in phases[phase].items() if k not in ("levels", "steps")})
+        copies = run.get("copies", 1)
         rate = learning_rate(run, step - began_at, phases[phase]["steps"])
         for learner in learners:
             for g in learner.param_groups:
