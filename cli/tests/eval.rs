@@ -446,7 +446,9 @@ fn the_model_of_the_tree_remembers() {
 #[test]
 fn the_model_of_the_tree_follows_lists_and_reads_chinese() {
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/mneme-records.gguf");
-    let shape = ["--length", "700", "--facts", "12", "-n", "8", "--seed", "4711"];
+    let shape = [
+        "--length", "700", "--facts", "12", "-n", "8", "--seed", "4711",
+    ];
     let score = |more: &[&str]| -> Vec<f64> {
         let base = ["eval", "run", "-m", model, "-t", "2", "--arm", "nodes"];
         let report = json(&stdout(&[&base[..], &shape, more].concat()));
