@@ -42,6 +42,9 @@ pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
 }
 
 /// Places in IQ4_NL's table become its values.
+///
+/// # Safety
+/// The instruction set is available.
 #[target_feature(enable = "avx2")]
 unsafe fn look_up(words: &mut [[u8; VECTOR]]) {
     // SAFETY: 16 values; 32 of each vector's bytes at a time.
@@ -148,6 +151,9 @@ unsafe fn end(acc: &mut [f32; ROWS], half: usize, sum: __m256i, d: &[f32; ROWS],
 }
 
 /// Adds a block's minimum: `m * (activations' scale * sum)`.
+///
+/// # Safety
+/// The instruction set is available; `half` is 0 or 1.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn add_minimum(acc: &mut [f32; ROWS], half: usize, m: &[f32; ROWS], dsum: f32) {

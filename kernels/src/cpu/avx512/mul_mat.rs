@@ -182,6 +182,9 @@ pub(in crate::cpu) unsafe fn load(bytes: *const u8, i: usize) -> __m512i {
 }
 
 /// Four neighbouring activations in every lane.
+///
+/// # Safety
+/// Four bytes can be read at `q`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn four(q: *const i8) -> __m512i {
@@ -276,6 +279,9 @@ pub(super) fn byte_pairs(v: __m512i) -> [__m512i; 2] {
 
 /// Sum of minima times activations over a block of 256: `mins` are pairs of sub-blocks, `sums` the
 /// activations' of each.
+///
+/// # Safety
+/// `sums` has two numbers a vector of `mins`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
 pub(in crate::cpu) unsafe fn min_sum(mins: &[__m512i], sums: *const i16) -> __m512i {
@@ -469,6 +475,9 @@ unsafe fn vector_q6_k<const T: usize>(
 }
 
 /// `-128 * sum` in every lane.
+///
+/// # Safety
+/// `sum` can be read.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn neg128(sum: *const i16) -> __m512i {

@@ -125,6 +125,9 @@ pub(super) unsafe fn tile<const T: usize>(
 }
 
 /// Four vectors of Q4_0's words as eight of one quant a byte.
+///
+/// # Safety
+/// `words` holds four vectors.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn nibbles(words: *const u8) -> [__m512i; 8] {
@@ -149,6 +152,9 @@ const VALUES: [u8; 16] = {
 };
 
 /// Four vectors of Q4_0's words, places in IQ4_NL's table, as eight of bytes with zero at 128.
+///
+/// # Safety
+/// `words` holds four vectors.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) unsafe fn iq4_quants(words: *const u8) -> [__m512i; 8] {
@@ -161,6 +167,9 @@ pub(super) unsafe fn iq4_quants(words: *const u8) -> [__m512i; 8] {
 }
 
 /// The block of words at `words`, one unsigned quant a byte.
+///
+/// # Safety
+/// `words` is a whole block of that type.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn quants<const WORDS: u8>(words: *const u8) -> [__m512i; 8] {
@@ -272,6 +281,9 @@ pub(in crate::cpu) unsafe fn unpack<const ZERO: i32>(
 }
 
 /// The quants of blocks, each byte plus `up` (modulo 256).
+///
+/// # Safety
+/// `bytes` is a panel that has these blocks.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn unpack_words<const WORDS: u8>(

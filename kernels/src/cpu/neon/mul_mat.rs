@@ -37,6 +37,9 @@ pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
 }
 
 /// Places in IQ4_NL's table become its values.
+///
+/// # Safety
+/// The instruction set is available.
 unsafe fn look_up(words: &mut [[u8; VECTOR]]) {
     // SAFETY: 16 values; 16 of each vector's bytes at a time.
     unsafe {
@@ -112,6 +115,9 @@ unsafe fn end(acc: &mut [f32; ROWS], quarter: usize, sum: int32x4_t, d: &[f32; R
 }
 
 /// Adds a block's minimum: `m * (activations' scale * sum)`.
+///
+/// # Safety
+/// The instruction set is available; `quarter` is below 4.
 #[inline(always)]
 unsafe fn add_minimum(acc: &mut [f32; ROWS], quarter: usize, m: &[f32; ROWS], dsum: f32) {
     // SAFETY: four of sixteen numbers each.
