@@ -355,7 +355,7 @@ def train(stage, toml, stop=None, overrides=()):
     tokenizer = here / run["tokenizer"]
     encoder = Encoder(tokenizer / "tokenizer.json", run.get("special_tokens"))
     run["pad"] = encoder.pad
-    cfg = {**settings["model"], "memory": settings["memory"], "eos_token_id": encoder.end, "bos_token_id": None}
+    cfg = {**settings["model"], "memory": {**settings["memory"], **run.get("memory", {})}, "eos_token_id": encoder.end, "bos_token_id": None}
     torch.manual_seed(run["seed"])
     model = Mneme(cfg)
     out = Path(run["out"]) / run.get("name", stage)
@@ -373,11 +373,16 @@ def train(stage, toml, stop=None, overrides=()):
         state = saved["state"]
     elif run.get("init"):
         saved = torch.load(Path(run["out"]) / run["init"] / "last.pt", map_location="cpu", weights_only=False)
-        model.load_state_dict(saved["model"])
+        begin = saved["model"]
+        if "memory" in run:  # a stage with a decider of another kind: that one begins anew
+            begin = {k: v for k, v in begin.items() if not k.startswith("mem.decider.")}
+            begin |= {k: v for k, v in model.state_dict().items() if k.startswith("mem.decider.")}
+        model.load_state_dict(begin)
         if "decider_bias" in run:  # a decider that starts shy and undecided
+            last_layer = model.mem.decider[-1] if model.mem.kind == "mlp" else model.mem.decider
             with torch.no_grad():
-                model.mem.decider.bias.fill_(run["decider_bias"])
-                model.mem.decider.weight.mul_(run.get("decider_shrink", 0.3))
+                last_layer.bias.fill_(run["decider_bias"])
+                last_layer.weight.mul_(run.get("decider_shrink", 0.3))
     elif run.get("base"):  # a pretrained Hugging Face directory; mem.* stays as initialised
         from safetensors.torch import load_file
 

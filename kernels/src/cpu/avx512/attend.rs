@@ -22,23 +22,17 @@ pub(crate) const KERNELS: PageKernels = PageKernels {
     byte_q: false,
 };
 
-/// Bytes from the cell in use to the one asked for. The processor's own prefetch stops at each
-/// 4 KiB boundary, and does not know the next page.
-const AHEAD: usize = 4096;
-/// The same where cells are widened first: half a page of keys of 128 dimensions.
-const FAR_AHEAD: usize = 8192;
+/// Bytes from the cell in use to the one asked for: half a page of keys of 128 dimensions, about
+/// 1,000 cycles of eight rows. The processor's own prefetch stops at each 4 KiB boundary, and does
+/// not know the next page.
+const AHEAD: usize = 8192;
 
 impl Ahead {
     /// Asks for the cache line `AHEAD` of `p`, on the next page if this head's cells end before.
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(crate) fn ask(self, p: *const u8) {
-        self.ask_at(p.wrapping_add(AHEAD));
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn ask_at(self, p: *const u8) {
+        let p = p.wrapping_add(AHEAD);
         let p = if p < self.end {
             p
         } else {
@@ -109,7 +103,7 @@ unsafe fn load<const TY: u8>(p: *const u8, i: usize) -> __m512 {
 unsafe fn widen<const TY: u8>(from: *const u8, to: *mut f32, n: usize, ahead: Ahead) {
     for i in (0..n).step_by(16) {
         if i.is_multiple_of(32) {
-            ahead.ask_at(from.wrapping_add(2 * i + FAR_AHEAD));
+            ahead.ask(from.wrapping_add(2 * i));
         }
         // SAFETY: within the `n` numbers.
         unsafe { _mm512_storeu_ps(to.add(i), load::<TY>(from, i)) }
