@@ -8,7 +8,8 @@ mod checkpoint;
 use checkpoint::{Fixture, worst};
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::ops::{Cpu, Cuda};
-use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
+use mneme_engine::sampler::{Sampler, SamplerParams};
+use mneme_engine::{Engine, Feed, Output, Sequence, SequenceOptions, Want};
 use mneme_kernels::attend::KvType;
 use mneme_kernels::cuda::Device;
 
@@ -319,4 +320,69 @@ fn a_refused_plan_changes_nothing() {
     let mut all = p.sequence();
     let expected = feed(&mut p.card, &mut all, &ids[..30]);
     assert_eq!(worst(&got, &expected[expected.len() - got.len()..]), 0.0);
+}
+
+/// The likeliest tokens alone make the same text as whole rows of logits: greedy, and by the default
+/// chain with its 40.
+#[test]
+fn the_likeliest_tokens_choose_the_same_text() {
+    let greedy = SamplerParams::greedy();
+    let default = SamplerParams {
+        seed: 11,
+        ..SamplerParams::default()
+    };
+    for (name, memory, params) in [
+        ("qwen2-tiny", "full", &greedy),
+        ("qwen3-tiny", "full", &default),
+        ("llama-tiny", "window:window=13,sinks=3", &default),
+        (
+            "nodes-linear",
+            "nodes:decider=entropy,sigma=0.5,max=12",
+            &default,
+        ),
+    ] {
+        let Some(mut p) = Pair::new(name, memory, KvType::F16) else {
+            return;
+        };
+        let ids = p.ids[..12].to_vec();
+        let (mut all, mut few) = (p.sequence(), p.sequence());
+        let mut by_all = Sampler::without_vocabulary(params).expect("a sampler");
+        let mut by_few = by_all.clone();
+        let k = by_few.n_best().expect("few tokens are enough");
+        let mut tokens = ids;
+        for step in 0..48 {
+            // Together, so that rows and likeliest tokens come of one pass, and apart.
+            let mut feeds = vec![
+                Feed {
+                    seq: &mut all,
+                    tokens: &tokens,
+                    want: Want::Last,
+                },
+                Feed {
+                    seq: &mut few,
+                    tokens: &tokens,
+                    want: Want::Best(k),
+                },
+            ];
+            let outputs = match step % 2 {
+                0 => p.card.step_or_blame(&mut feeds).expect("the tokens fit"),
+                _ => feeds
+                    .chunks_mut(1)
+                    .map(|feed| p.card.step_or_blame(feed).expect("it fits").remove(0))
+                    .collect(),
+            };
+            let [Output::Rows(logits), Output::Best(best)] = &outputs[..] else {
+                panic!("rows and the likeliest tokens, not {outputs:?}");
+            };
+            let id = by_all.sample(logits);
+            assert_eq!(
+                by_few.sample_best(best),
+                id,
+                "{name}, {memory}, step {step}"
+            );
+            assert_eq!(by_few.candidates(), by_all.candidates(), "{name}, {memory}");
+            tokens = vec![id];
+        }
+        assert_eq!(by_few.save(), by_all.save(), "{name}, {memory}");
+    }
 }

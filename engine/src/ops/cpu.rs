@@ -3,7 +3,7 @@
 //! [`Cpu`]'s own methods take slices: the small parts of memories that always run on the host call
 //! those. As [`Ops`] the same verbs take buffers.
 
-use super::{Buffer, Device, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule};
+use super::{Buffer, Device, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, best_of};
 use crate::error::{Error, Result};
 use crate::gguf::{GgmlType, Gguf, TensorInfo};
 use crate::memory::store::{Region, Store};
@@ -456,6 +456,22 @@ impl Ops for Cpu {
             x.host_mut().copy_within(from, to * width);
         }
         x.set_len(rows.out.len() * width);
+    }
+
+    fn best(
+        &self,
+        x: &Buffer,
+        rows: &[usize],
+        n_cols: usize,
+        k: usize,
+    ) -> Result<Vec<Vec<(u32, f32)>>> {
+        let x = x.host();
+        let best = rows.iter().map(|&row| {
+            let mut best = Vec::new();
+            best_of(&x[row * n_cols..(row + 1) * n_cols], k, &mut best);
+            best
+        });
+        Ok(best.collect())
     }
 
     fn write_cells(

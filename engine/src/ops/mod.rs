@@ -4,6 +4,7 @@
 //! where the verbs run. [`Cpu`] is the implementation on the host; it is also where
 //! `mneme_kernels` and `ggml_sys` meet. `Cuda`, with the feature `cuda`, is the one on NVIDIA cards.
 
+mod best;
 mod choice;
 mod cpu;
 #[cfg(feature = "on-card")]
@@ -11,6 +12,7 @@ mod cuda;
 mod device;
 mod rows;
 
+pub use best::{MOST_BEST, best_of};
 pub use choice::{DeviceChoice, open};
 pub use cpu::{Cpu, Matrix, Table, copied_bytes};
 pub(crate) use cpu::{sigmoid, softplus};
@@ -133,6 +135,17 @@ pub trait Ops: Send + Sync {
 
     /// Keeps the rows of `x` `[n, width]` whose logits are wanted.
     fn keep_rows(&self, x: &mut Buffer, width: usize, rows: &Rows);
+
+    /// The `k` largest numbers of some `rows` of `x` `[n, n_cols]`, ascending, with their places:
+    /// largest first, of equals the lowest place. NaN and minus infinity do not count, so a row may
+    /// have fewer. `k` is in `1..=`[`MOST_BEST`]; waits for the device.
+    fn best(
+        &self,
+        x: &Buffer,
+        rows: &[usize],
+        n_cols: usize,
+        k: usize,
+    ) -> Result<Vec<Vec<(u32, f32)>>>;
 
     /// Writes keys and values `[n, n_head_kv, head_dim]` of one layer to the cells of `rows`, whose
     /// sequences' cells are `stores`.

@@ -23,7 +23,7 @@ use card::lock;
 use graphs::{Graphs, Key, Known};
 use mneme_kernels::attend::{PAGE_CELLS, PageLayout};
 use mneme_kernels::cuda::mul_mat::Packed;
-use mneme_kernels::cuda::{self, ViewMut, attend, gates, recur};
+use mneme_kernels::cuda::{self, ViewMut, attend, gates, recur, top_k};
 use mneme_kernels::mul_mat::WeightType;
 use mneme_kernels::recur::Form;
 use rows::Arena;
@@ -48,6 +48,8 @@ pub struct Cuda {
     graphs: Mutex<Graphs>,
     /// Where rows that go on are gathered.
     gathered: Mutex<CardBuffer>,
+    /// Where the likeliest tokens of rows are put.
+    best: Mutex<Option<cuda::Buffer<u32>>>,
     ones: CardBuffer,
     /// What went wrong first since it was last asked for.
     failed: Mutex<Option<cuda::Error>>,
@@ -68,6 +70,7 @@ impl Cuda {
             arena: Mutex::default(),
             graphs: Mutex::default(),
             gathered: Mutex::new(card.buffer(1)?),
+            best: Mutex::default(),
             ones,
             failed: Mutex::default(),
             card,
@@ -315,6 +318,38 @@ impl Ops for Cuda {
             self.keep(copied);
         }
         x.set_len(n);
+    }
+
+    fn best(
+        &self,
+        x: &Buffer,
+        rows: &[usize],
+        n_cols: usize,
+        k: usize,
+    ) -> Result<Vec<Vec<(u32, f32)>>> {
+        let (Some(first), Some(last)) = (rows.first(), rows.last()) else {
+            return Ok(Vec::new());
+        };
+        let (dev, n) = (&self.card.dev, last + 1 - first);
+        let error = |e| self.card.error("choosing the likeliest tokens", e);
+        // All rows between: what few of them are not asked for costs less than a second launch.
+        let x = x.card().view().slice(first * n_cols..(last + 1) * n_cols);
+        let mut place = lock(&self.best);
+        if place.as_ref().is_none_or(|place| place.len() < n * 2 * k) {
+            *place = Some(dev.alloc((n * 2 * k).next_power_of_two()).map_err(error)?);
+        }
+        let place = place.as_mut().expect("made above");
+        let mut words = vec![0; n * 2 * k];
+        top_k::top_k(dev, x, n_cols, k, place.slice_mut(0..words.len()))
+            .and_then(|()| dev.read(place.slice(0..words.len()), &mut words))
+            .map_err(error)?;
+        let best = rows.iter().map(|row| {
+            let (places, numbers) = words[(row - first) * 2 * k..][..2 * k].split_at(k);
+            let pairs = places.iter().zip(numbers);
+            let pairs = pairs.take_while(|(place, _)| **place != top_k::NONE);
+            pairs.map(|(&at, &x)| (at, f32::from_bits(x))).collect()
+        });
+        Ok(best.collect())
     }
 
     fn write_cells(&self, layer: usize, rows: &Rows, k: &Buffer, v: &Buffer, s: &mut [&mut Store]) {
