@@ -113,11 +113,12 @@ impl Model {
     }
 }
 
-/// Bytes of the tensors that lie where the model runs: not the compressor, nor embeddings that are
-/// not the head as well.
+/// Bytes of the tensors that lie where the model runs: not the decider of a compressor, nor
+/// embeddings that are not the head as well.
 fn bytes_on_device(gguf: &Gguf) -> u64 {
     let untied = gguf.tensor("output.weight").is_some();
-    let there = |name: &str| !(name.starts_with("mem.") || untied && name == "token_embd.weight");
+    let there =
+        |name: &str| !(name.starts_with("mem.decider.") || untied && name == "token_embd.weight");
     let tensors = gguf.tensors().iter().filter(|t| there(&t.name));
     tensors.map(|t| t.n_bytes).sum()
 }
@@ -433,13 +434,16 @@ impl Engine {
             answers.push((first..out_rows.len()).collect());
             row += plan.entries.len();
         }
-        if let Err(e) = self.run(feeds, &plans, out_rows, hidden) {
-            for feed in feeds {
-                feed.seq.memory.store_mut().unreserve();
+        let run = self.run(feeds, &plans, out_rows, hidden);
+        let mut best = match run.and_then(|()| self.best(feeds, &answers)) {
+            Ok(best) => best,
+            Err(e) => {
+                for feed in feeds {
+                    feed.seq.memory.store_mut().unreserve();
+                }
+                return Err(e.into());
             }
-            return Err(e.into());
-        }
-        let mut best = self.best(feeds, &answers)?;
+        };
         let is_whole = |i: usize| {
             let feed: &Feed<'_> = &feeds[i];
             !matches!(feed.want, Want::Best(_)) || feed.seq.memory.reads_logits()
@@ -453,6 +457,7 @@ impl Engine {
             true => computed.read_with(&mut self.logits)?,
             false => &[],
         };
+        let mut failed = None;
         for (i, (feed, plan)) in feeds.iter_mut().zip(&plans).enumerate() {
             if shares[i] == 0 {
                 continue;
@@ -466,7 +471,19 @@ impl Engine {
             let tokens = &feed.tokens[read[i]..read[i] + shares[i]];
             let memory = &mut feed.seq.memory;
             let reads_logits = memory.reads_logits();
-            let taken = memory.commit(&*self.ops, plan, tokens, reads_logits.then_some(rows));
+            let logits = reads_logits.then_some(rows);
+            let taken = match memory.commit(&*self.ops, plan, tokens, logits) {
+                Ok(taken) => taken,
+                Err(source) => {
+                    // The others' cells are written as well: theirs count.
+                    memory.store_mut().unreserve();
+                    failed.get_or_insert(FeedError {
+                        feed: Some(i),
+                        source,
+                    });
+                    continue;
+                }
+            };
             feed.seq.tokens.extend_from_slice(&tokens[..taken]);
             read[i] += taken;
             let is_last = read[i] == feed.tokens.len() && taken > 0;
@@ -483,7 +500,7 @@ impl Engine {
                 _ => {}
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 }
 
