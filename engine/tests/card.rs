@@ -262,6 +262,8 @@ fn sessions_forks_and_marks_are_exact() {
         ("qwen2-tiny", "window:window=13,sinks=3"),
         ("ahn-gdn-tiny", "ahn:window=16,sinks=4"),
         ("nodes-linear", "nodes:node_max=3,fanin=2,max=6"),
+        ("nodes-cosine", "nodes:window=2"),
+        ("nodes-mlp", "nodes"),
     ]
     .into_iter()
     .enumerate()

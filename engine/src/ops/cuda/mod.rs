@@ -561,11 +561,10 @@ impl Ops for Cuda {
         next: &mut Buffer,
         out: &mut Buffer,
     ) {
+        let (x, taps, past) = (x.card().view(), taps.card().view(), past.card().view());
+        let (next, out) = (next.card_mut().view_mut(), out.card_mut().view_mut());
         let dev = &self.card.dev;
-        let (x, taps) = (x.card().view(), taps.card().view());
-        let (next, out) = (next.card_mut(), out.card_mut().view_mut());
-        let copied = dev.copy(past.card().view(), next.view_mut());
-        self.keep(copied.and_then(|()| gates::conv_silu(dev, x, taps, next.view_mut(), out)));
+        self.keep(gates::conv_silu(dev, x, taps, past, next, out));
     }
 
     fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize) {
