@@ -37,7 +37,6 @@ mod nvcc {
     /// One file per op.
     const FILES: [&str; 14] = [
         "add",
-        "argmax",
         "attend",
         "cells",
         "gates",
@@ -50,6 +49,7 @@ mod nvcc {
         "rms_norm",
         "rope",
         "swiglu",
+        "top_k",
     ];
 
     pub(super) fn build() {

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use mneme_engine::chat::{ChatTemplate, RenderInput};
 use mneme_engine::grammar::Grammar;
 use mneme_engine::sampler::{Sampler, SamplerParams};
-use mneme_engine::{Engine, Error, Sequence};
+use mneme_engine::{Engine, Error, Output, Sequence};
 use mneme_kernels::attend::PAGE_CELLS;
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
@@ -346,9 +346,9 @@ impl Chat<'_> {
         self.rendered = text;
     }
 
-    /// Brings the sequence to hold `text`; returns the logits after it, or nothing when it already
-    /// does.
-    fn read(&mut self, text: String) -> Result<Option<Vec<f32>>> {
+    /// Brings the sequence to hold `text`; returns what an answer begins from, or nothing when it
+    /// already does.
+    fn read(&mut self, text: String) -> Result<Option<Output>> {
         let model = self.engine.model.clone();
         let tokenizer = &model.tokenizer;
         let mut tokens;
@@ -382,13 +382,13 @@ impl Chat<'_> {
             engine: &mut self.engine,
             seq: &mut self.seq,
             sampler: &mut self.sampler,
-            grammar: None,
+            grammar: self.grammar.clone(),
             pending: std::mem::take(&mut self.pending),
         };
         match speaker.read(&tokens, self.args.batch_size) {
-            Ok(logits) => {
+            Ok(output) => {
                 self.set_rendered(text);
-                Ok(Some(logits))
+                Ok(Some(output))
             }
             Err(e) => {
                 // What the sequence holds now is only known by its tokens.
@@ -451,7 +451,7 @@ impl Chat<'_> {
 
     fn answer(&mut self) -> Result<()> {
         let text = self.render(&self.messages, true)?;
-        let Some(logits) = self.read(text)? else {
+        let Some(output) = self.read(text)? else {
             bail!("the template adds nothing for an answer to follow");
         };
         let limits = Limits {
@@ -471,7 +471,7 @@ impl Chat<'_> {
             grammar: self.grammar.clone(),
             pending: Vec::new(),
         };
-        let answer = speaker.answer(logits, &limits, |text| {
+        let answer = speaker.answer(output, &limits, |text| {
             out.write_all(text.as_bytes())?;
             Ok(out.flush()?)
         });

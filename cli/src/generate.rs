@@ -5,7 +5,7 @@ use crate::progress::{Progress, Unit};
 use anyhow::Result;
 use mneme_engine::grammar::Grammar;
 use mneme_engine::sampler::Sampler;
-use mneme_engine::{Engine, Error, Feed, Sequence, Want};
+use mneme_engine::{Engine, Error, Feed, Output, Sequence, Want};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -62,13 +62,13 @@ pub struct Speaker<'a> {
 }
 
 impl Speaker<'_> {
-    /// Reads what is pending and `tokens`, and returns the logits after the last. Shows a bar when
-    /// it takes long; Ctrl-C is an error, and what was read until then stays read.
-    pub fn read(&mut self, tokens: &[u32], n_batch: usize) -> Result<Vec<f32>> {
+    /// Reads what is pending and `tokens`, and returns what the next token is chosen from. Shows a
+    /// bar when it takes long; Ctrl-C is an error, and what was read until then stays read.
+    pub fn read(&mut self, tokens: &[u32], n_batch: usize) -> Result<Output> {
         let mut all = std::mem::take(&mut self.pending);
         all.extend_from_slice(tokens);
         let mut bar = Progress::new("reading", all.len() as u64, Unit::Count);
-        let mut logits = Vec::new();
+        let mut output = Output::default();
         let mut done = 0;
         while done < all.len() {
             if interrupt::pressed() {
@@ -76,43 +76,52 @@ impl Speaker<'_> {
             }
             let n = n_batch.min(all.len() - done);
             let want = match done + n == all.len() {
-                true => Want::Last,
+                true => self.want(),
                 false => Want::None,
             };
-            logits = self.feed(&all[done..done + n], want)?;
+            output = self.feed(&all[done..done + n], want)?;
             done += n;
             bar.set(done as u64);
         }
         // What was pending was accepted when it was said.
         tokens.iter().for_each(|&id| self.sampler.accept(id));
-        Ok(logits)
+        Ok(output)
     }
 
-    fn feed(&mut self, tokens: &[u32], want: Want) -> Result<Vec<f32>, Error> {
+    /// What choosing the next token takes.
+    fn want(&self) -> Want {
+        let n_best = self.sampler.n_best().filter(|_| self.grammar.is_none());
+        n_best.map_or(Want::Last, Want::Best)
+    }
+
+    fn feed(&mut self, tokens: &[u32], want: Want) -> Result<Output, Error> {
         let feed = Feed {
             seq: self.seq,
             tokens,
             want,
         };
-        Ok(self.engine.step(&mut [feed])?.swap_remove(0))
+        Ok(self.engine.step_or_blame(&mut [feed])?.swap_remove(0))
     }
 
     /// The next token by sampler and grammar.
-    fn choose(&mut self, logits: &mut [f32]) -> Result<u32> {
-        let Some(grammar) = &mut self.grammar else {
-            return Ok(self.sampler.sample(logits));
-        };
-        grammar.mask(logits)?;
-        let id = self.sampler.sample(logits);
-        grammar.accept(id)?;
-        Ok(id)
+    fn choose(&mut self, output: &mut Output) -> Result<u32> {
+        match (output, &mut self.grammar) {
+            (Output::Best(best), _) => Ok(self.sampler.sample_best(best)),
+            (Output::Rows(logits), None) => Ok(self.sampler.sample(logits)),
+            (Output::Rows(logits), Some(grammar)) => {
+                grammar.mask(logits)?;
+                let id = self.sampler.sample(logits);
+                grammar.accept(id)?;
+                Ok(id)
+            }
+        }
     }
 
-    /// Goes on from `logits`, telling `show` every piece of text as it becomes certain. The last
+    /// Goes on from `output`, telling `show` every piece of text as it becomes certain. The last
     /// token of the answer is left pending.
     pub fn answer(
         &mut self,
-        mut logits: Vec<f32>,
+        mut output: Output,
         limits: &Limits<'_>,
         mut show: impl FnMut(&str) -> Result<()>,
     ) -> Result<Answer> {
@@ -134,8 +143,8 @@ impl Speaker<'_> {
             }
             if !self.pending.is_empty() {
                 let pending = std::mem::take(&mut self.pending);
-                match self.feed(&pending, Want::Last) {
-                    Ok(next) => logits = next,
+                match self.feed(&pending, self.want()) {
+                    Ok(next) => output = next,
                     Err(Error::ContextFull { .. }) => {
                         self.pending = pending;
                         answer.stop = Stop::Context;
@@ -146,7 +155,7 @@ impl Speaker<'_> {
             }
             let id = match self.seq.forced_next() {
                 Some(id) => id,
-                None => self.choose(&mut logits)?,
+                None => self.choose(&mut output)?,
             };
             self.sampler.accept(id);
             self.pending.push(id);

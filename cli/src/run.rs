@@ -176,9 +176,9 @@ pub fn run(args: &Args) -> Result<()> {
         show(&text)?;
     }
     let start = Instant::now();
-    let logits = speaker.read(&prompt, args.batch_size)?;
+    let output = speaker.read(&prompt, args.batch_size)?;
     let prompt_seconds = start.elapsed().as_secs_f64();
-    let answer = speaker.answer(logits, &limits, &mut show)?;
+    let answer = speaker.answer(output, &limits, &mut show)?;
     let pending = speaker.pending;
     if !args.json && args.n_predict != 0 && !answer.text.ends_with('\n') {
         show("\n")?;

@@ -59,7 +59,7 @@ pub fn write_page(model: &ModelArgs, memory: &MemoryArgs, text: &Path, out: &Pat
         title: format!("{} read by {spec}", text.display()),
         model: engine.model.path.display().to_string(),
         tokens: &tokens,
-        p: probabilities(&engine, &tokens),
+        p: probabilities(&engine, &tokens)?,
         nodes: nodes.into_values().collect(),
         held,
         stats: seq.stats(),
@@ -68,12 +68,12 @@ pub fn write_page(model: &ModelArgs, memory: &MemoryArgs, text: &Path, out: &Pat
 }
 
 /// Boundary probability of every token; empty without a trained decider.
-fn probabilities(engine: &Engine, tokens: &[u32]) -> Vec<f32> {
+fn probabilities(engine: &Engine, tokens: &[u32]) -> Result<Vec<f32>> {
     let weights = &engine.model.weights;
-    let n_embd = weights.hparams.n_embd;
-    weights.nodes.as_ref().map_or_else(Vec::new, |nodes| {
-        nodes.boundary_probabilities(engine.ops().host(), &weights.token_embd, n_embd, tokens)
-    })
+    let Some(nodes) = &weights.nodes else {
+        return Ok(Vec::new());
+    };
+    Ok(nodes.boundary_probabilities(engine.ops(), &weights.token_embd, tokens)?)
 }
 
 /// The tokens' text; a character spread over several tokens is shown with the last of them.

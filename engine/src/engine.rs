@@ -6,7 +6,7 @@ use crate::hparams::Hparams;
 use crate::memory::spec::MemorySpec;
 use crate::memory::{self, Context, Memory, NodeInfo, Pieces, Plan, Stats};
 use crate::model::{ARCHS, Arch, Pass, Scratch};
-use crate::ops::Ops;
+use crate::ops::{MOST_BEST, Ops};
 use crate::session::{Decoder, Encoder, MAGIC, VERSION};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Loader, Weights};
@@ -113,11 +113,12 @@ impl Model {
     }
 }
 
-/// Bytes of the tensors that lie where the model runs: not the compressor, nor embeddings that are
-/// not the head as well.
+/// Bytes of the tensors that lie where the model runs: not the decider of a compressor, nor
+/// embeddings that are not the head as well.
 fn bytes_on_device(gguf: &Gguf) -> u64 {
     let untied = gguf.tensor("output.weight").is_some();
-    let there = |name: &str| !(name.starts_with("mem.") || untied && name == "token_embd.weight");
+    let there =
+        |name: &str| !(name.starts_with("mem.decider.") || untied && name == "token_embd.weight");
     let tensors = gguf.tensors().iter().filter(|t| there(&t.name));
     tensors.map(|t| t.n_bytes).sum()
 }
@@ -220,6 +221,9 @@ pub enum Want {
     None,
     /// Logits after the last token.
     Last,
+    /// The likeliest tokens after the last one, so many of them, with their logits; at most
+    /// [`MOST_BEST`].
+    Best(usize),
     /// Logits after every token.
     All,
     /// Hidden states of every token after the last norm, `[n, n_embd]`: what embeddings are made of.
@@ -230,6 +234,35 @@ impl Want {
     /// Whether something is wanted of every token.
     fn is_every(self) -> bool {
         matches!(self, Want::All | Want::Hidden)
+    }
+}
+
+/// What came of a feed.
+#[derive(Clone, Debug)]
+pub enum Output {
+    /// Logits `[n, n_vocab]` or hidden states `[n, n_embd]`; none where nothing was wanted.
+    Rows(Vec<f32>),
+    /// Tokens with their logits, likeliest first, of equals the lower id. Fewer than were asked for
+    /// say that no others are possible.
+    Best(Vec<(u32, f32)>),
+}
+
+impl Default for Output {
+    fn default() -> Output {
+        Output::Rows(Vec::new())
+    }
+}
+
+impl Output {
+    /// The rows.
+    ///
+    /// # Panics
+    /// When [`Want::Best`] was asked for.
+    pub fn rows(self) -> Vec<f32> {
+        match self {
+            Output::Rows(rows) => rows,
+            Output::Best(_) => panic!("rows of a feed that asked for the likeliest tokens"),
+        }
     }
 }
 
@@ -293,20 +326,28 @@ impl Engine {
         Sequence::new(&self.model, spec, options)
     }
 
-    /// Feeds tokens to several sequences, in passes they share, and returns what each feed asked
-    /// for: logits `[n, n_vocab]` or hidden states `[n, n_embd]`. Tokens are checked and room is asked for before
-    /// anything changes; feeding more than one pass' worth may leave earlier passes read when a
-    /// later one is refused.
+    /// Feeds tokens to several sequences, in passes they share, and returns the rows each feed
+    /// asked for: logits `[n, n_vocab]` or hidden states `[n, n_embd]`. Tokens are checked and room
+    /// is asked for before anything changes; feeding more than one pass' worth may leave earlier
+    /// passes read when a later one is refused.
+    ///
+    /// # Panics
+    /// When a feed wants [`Want::Best`], which are no rows.
     pub fn step(&mut self, feeds: &mut [Feed<'_>]) -> Result<Vec<Vec<f32>>> {
-        self.step_or_blame(feeds).map_err(Error::from)
+        let outputs = self.step_or_blame(feeds)?;
+        Ok(outputs.into_iter().map(Output::rows).collect())
     }
 
-    /// As [`Engine::step`]; an error says which feed it is about. When all feeds fit one pass and
-    /// want the same kind of thing (logits or hidden states), nothing has changed on an error.
+    /// As [`Engine::step`], for feeds that want anything; an error says which feed it is about.
+    /// When all feeds fit one pass and want the same kind of thing (logits or hidden states),
+    /// nothing has changed on an error.
+    ///
+    /// # Panics
+    /// When more than [`MOST_BEST`] tokens are wanted, or none.
     pub fn step_or_blame(
         &mut self,
         feeds: &mut [Feed<'_>],
-    ) -> std::result::Result<Vec<Vec<f32>>, FeedError> {
+    ) -> std::result::Result<Vec<Output>, FeedError> {
         let n_vocab = self.model.hparams().n_vocab;
         for (i, feed) in feeds.iter().enumerate() {
             let blame = |source| FeedError {
@@ -321,7 +362,7 @@ impl Engine {
                 return Err(blame(Error::TokenId { id, n_vocab }));
             }
         }
-        let mut logits: Vec<Vec<f32>> = feeds.iter().map(|_| Vec::new()).collect();
+        let mut outputs: Vec<Output> = feeds.iter().map(|_| Output::default()).collect();
         let mut read = vec![0; feeds.len()];
         loop {
             let mut room = self.n_ubatch;
@@ -331,7 +372,7 @@ impl Engine {
                 .filter(|&i| read[i] < feeds[i].tokens.len())
                 .collect();
             if waiting.is_empty() {
-                return Ok(logits);
+                return Ok(outputs);
             }
             // A pass ends with logits or with hidden states, not both.
             let hidden = feeds[waiting[0]].want == Want::Hidden;
@@ -343,7 +384,7 @@ impl Engine {
                 shares[i] = fair.min(feeds[i].tokens.len() - read[i]);
                 room -= shares[i];
             }
-            self.pass(feeds, &shares, hidden, &mut read, &mut logits)?;
+            self.pass(feeds, &shares, hidden, &mut read, &mut outputs)?;
         }
     }
 
@@ -354,7 +395,7 @@ impl Engine {
         shares: &[usize],
         hidden: bool,
         read: &mut [usize],
-        logits: &mut [Vec<f32>],
+        outputs: &mut [Output],
     ) -> std::result::Result<(), FeedError> {
         let hp = self.model.hparams();
         let width = if hidden { hp.n_embd } else { hp.n_vocab };
@@ -381,10 +422,11 @@ impl Engine {
             let first = out_rows.len();
             let last = feeds[i].tokens.len() - read[i];
             let all = feeds[i].want.is_every() || feeds[i].seq.memory.reads_logits();
+            let of_last = matches!(feeds[i].want, Want::Last | Want::Best(_));
             for (j, entry) in plan.entries.iter().enumerate() {
                 let wanted = entry
                     .token
-                    .is_some_and(|t| all || (feeds[i].want == Want::Last && t + 1 == last));
+                    .is_some_and(|t| all || (of_last && t + 1 == last));
                 if wanted {
                     out_rows.push(row + j);
                 }
@@ -392,45 +434,101 @@ impl Engine {
             answers.push((first..out_rows.len()).collect());
             row += plan.entries.len();
         }
-        if let Err(e) = self.run(feeds, &plans, out_rows, hidden) {
-            for feed in feeds {
-                feed.seq.memory.store_mut().unreserve();
+        let run = self.run(feeds, &plans, out_rows, hidden);
+        let mut best = match run.and_then(|()| self.best(feeds, &answers)) {
+            Ok(best) => best,
+            Err(e) => {
+                for feed in feeds {
+                    feed.seq.memory.store_mut().unreserve();
+                }
+                return Err(e.into());
             }
-            return Err(e.into());
-        }
-        let outputs = match hidden {
+        };
+        let is_whole = |i: usize| {
+            let feed: &Feed<'_> = &feeds[i];
+            !matches!(feed.want, Want::Best(_)) || feed.seq.memory.reads_logits()
+        };
+        let computed = match hidden {
             true => &self.scratch.h,
             false => &self.scratch.logits,
         };
-        let outputs = outputs.read_with(&mut self.logits)?;
+        // The likeliest tokens alone are little to bring home: rows come where someone reads them.
+        let computed = match (0..feeds.len()).any(|i| is_whole(i) && !answers[i].is_empty()) {
+            true => computed.read_with(&mut self.logits)?,
+            false => &[],
+        };
+        let mut failed = None;
         for (i, (feed, plan)) in feeds.iter_mut().zip(&plans).enumerate() {
             if shares[i] == 0 {
                 continue;
             }
             let rows = match (answers[i].first(), answers[i].last()) {
-                (Some(first), Some(last)) => &outputs[first * width..(last + 1) * width],
+                (Some(first), Some(last)) if !computed.is_empty() => {
+                    &computed[first * width..(last + 1) * width]
+                }
                 _ => &[],
             };
             let tokens = &feed.tokens[read[i]..read[i] + shares[i]];
             let memory = &mut feed.seq.memory;
             let reads_logits = memory.reads_logits();
-            let taken = memory.commit(&*self.ops, plan, tokens, reads_logits.then_some(rows));
+            let logits = reads_logits.then_some(rows);
+            let taken = match memory.commit(&*self.ops, plan, tokens, logits) {
+                Ok(taken) => taken,
+                Err(source) => {
+                    // The others' cells are written as well: theirs count.
+                    memory.store_mut().unreserve();
+                    failed.get_or_insert(FeedError {
+                        feed: Some(i),
+                        source,
+                    });
+                    continue;
+                }
+            };
             feed.seq.tokens.extend_from_slice(&tokens[..taken]);
             read[i] += taken;
-            match feed.want {
-                Want::None => {}
-                Want::All | Want::Hidden => logits[i].extend_from_slice(&rows[..taken * width]),
-                Want::Last if read[i] == feed.tokens.len() && taken > 0 => {
-                    logits[i] = rows[rows.len() - width..].to_vec();
+            let is_last = read[i] == feed.tokens.len() && taken > 0;
+            match (feed.want, &mut outputs[i]) {
+                (Want::All | Want::Hidden, Output::Rows(all)) => {
+                    all.extend_from_slice(&rows[..taken * width]);
                 }
-                Want::Last => {}
+                (Want::Last, output) if is_last => {
+                    *output = Output::Rows(rows[rows.len() - width..].to_vec());
+                }
+                (Want::Best(_), output) if is_last => {
+                    *output = Output::Best(std::mem::take(&mut best[i]));
+                }
+                _ => {}
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 }
 
 impl Engine {
+    /// The likeliest tokens after the last row of each feed that wants them, as many as it wants;
+    /// `answers` are the rows of logits that each feed has.
+    fn best(&self, feeds: &[Feed<'_>], answers: &[Vec<usize>]) -> Result<Vec<Vec<(u32, f32)>>> {
+        let mut best = vec![Vec::new(); feeds.len()];
+        let wanted = |(i, feed): (usize, &Feed<'_>)| match (feed.want, answers[i].last()) {
+            (Want::Best(k), Some(&row)) => Some((i, row, k)),
+            _ => None,
+        };
+        let wanted: Vec<(usize, usize, usize)> =
+            feeds.iter().enumerate().filter_map(wanted).collect();
+        let rows: Vec<usize> = wanted.iter().map(|w| w.1).collect();
+        let Some(most) = wanted.iter().map(|w| w.2).max() else {
+            return Ok(best);
+        };
+        assert!((1..=MOST_BEST).contains(&most), "{most} likeliest tokens");
+        let n_vocab = self.model.hparams().n_vocab;
+        let found = self.ops.best(&self.scratch.logits, &rows, n_vocab, most)?;
+        for ((i, _, k), mut found) in wanted.into_iter().zip(found) {
+            found.truncate(k);
+            best[i] = found;
+        }
+        Ok(best)
+    }
+
     /// The layers over what is planned of each feed; logits of `out_rows` into the scratch.
     fn run(
         &mut self,

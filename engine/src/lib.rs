@@ -20,5 +20,5 @@ pub mod session;
 pub mod tokenizer;
 pub mod weights;
 
-pub use engine::{Engine, Feed, LoadOptions, Model, Sequence, SequenceOptions, Want};
+pub use engine::{Engine, Feed, LoadOptions, Model, Output, Sequence, SequenceOptions, Want};
 pub use error::{Error, FeedError, Result};

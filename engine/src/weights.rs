@@ -168,7 +168,7 @@ impl Loader<'_> {
         Ok(matrix)
     }
 
-    /// A weight matrix for the host's own verbs, wherever the model runs.
+    /// A weight matrix for the host's own verbs, wherever the model runs: of a decider.
     pub fn host_matrix(&mut self, name: &str, n_rows: usize, n_cols: usize) -> Result<Matrix> {
         let raw = self.raw(name, n_rows, n_cols)?;
         let matrix = self.ops.host().matrix(raw)?;

@@ -8,7 +8,8 @@ mod checkpoint;
 use checkpoint::{Fixture, worst};
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::ops::{Cpu, Cuda};
-use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
+use mneme_engine::sampler::{Sampler, SamplerParams};
+use mneme_engine::{Engine, Feed, Output, Sequence, SequenceOptions, Want};
 use mneme_kernels::attend::KvType;
 use mneme_kernels::cuda::Device;
 
@@ -29,6 +30,10 @@ const ROWS: &[(&str, &str)] = &[
     ("nodes-linear", "nodes:decider=entropy,sigma=0.5,max=12"),
     ("nodes-llama", "nodes:window=3,sinks=2"),
     ("nodes-skip", "nodes:sees=nodes"),
+    ("nodes-cosine", "nodes"),
+    ("nodes-mlp", "nodes:position=compact"),
+    ("nodes-sentence", "nodes"),
+    ("nodes-never", "nodes"),
     ("gist-qwen2", "gist"),
 ];
 
@@ -203,6 +208,7 @@ fn chunks_and_neighbours_change_nothing() {
     for (name, memory, exact) in [
         ("qwen2-tiny", "full", true),
         ("nodes-linear", "nodes:position=compact,sinks=3", true),
+        ("nodes-cosine", "nodes", true),
         ("ahn-gdn-tiny", "ahn:window=16,sinks=4", false),
     ] {
         let Some(mut p) = Pair::new(name, memory, KvType::F16) else {
@@ -256,6 +262,8 @@ fn sessions_forks_and_marks_are_exact() {
         ("qwen2-tiny", "window:window=13,sinks=3"),
         ("ahn-gdn-tiny", "ahn:window=16,sinks=4"),
         ("nodes-linear", "nodes:node_max=3,fanin=2,max=6"),
+        ("nodes-cosine", "nodes:window=2"),
+        ("nodes-mlp", "nodes"),
     ]
     .into_iter()
     .enumerate()
@@ -296,6 +304,69 @@ fn sessions_forks_and_marks_are_exact() {
     }
 }
 
+/// The trunk of `nodes` on the card against the host: every probability, however many tokens there
+/// are at a time.
+#[test]
+fn the_compressor_decides_as_on_the_host() {
+    for name in ["nodes-linear", "nodes-cosine", "nodes-mlp"] {
+        let Some(p) = Pair::new(name, "nodes", KvType::F32) else {
+            return;
+        };
+        let read = |engine: &Engine| {
+            let weights = &engine.model.weights;
+            let tensors = weights.nodes.as_ref().expect("a compressor");
+            let embd = &weights.token_embd;
+            let all = tensors.boundary_probabilities(engine.ops(), embd, &p.ids);
+            let all = all.expect("the trunk runs");
+            let s = &mut *tensors.scratch();
+            let (mut at, mut next) = (tensors.start(), tensors.start());
+            let mut by_one = Vec::new();
+            for id in p.ids.chunks(1) {
+                let one = tensors.read(engine.ops(), s, &at, &mut next, embd, id, true);
+                by_one.extend(one.expect("the trunk runs"));
+                std::mem::swap(&mut at, &mut next);
+            }
+            assert_eq!(by_one, all, "{name}: one at a time");
+            all
+        };
+        let (got, expected) = (read(&p.card), read(&p.host));
+        assert_eq!(got.len(), p.ids.len(), "{name}");
+        let spread = |p: &[f32]| {
+            p.iter()
+                .fold((1f32, 0f32), |(a, b), &p| (a.min(p), b.max(p)))
+        };
+        let (least, most) = spread(&expected);
+        assert!(most - least > 0.05, "{name}: nothing to tell apart");
+        p.close(&got, &expected, "probabilities");
+    }
+}
+
+/// Tokens taken back: the compressor runs forward again on the card, and the text goes on with the
+/// same bits.
+#[test]
+fn going_back_to_a_cut_is_exact() {
+    for (name, memory) in [
+        ("nodes-linear", "nodes"),
+        ("nodes-cosine", "nodes:position=compact,sinks=3"),
+    ] {
+        let Some(mut p) = Pair::new(name, memory, KvType::F16) else {
+            return;
+        };
+        let ids = p.ids.clone();
+        let mut seq = p.sequence();
+        let expected = run(&mut p.card, &mut seq, &ids, 60, 16);
+        let n_vocab = expected.len() / ids.len();
+        let held = seq.truncate(p.card.ops(), 50);
+        assert!(held > 0 && held < 50, "{name}: {held} of 50 are held");
+        assert!(
+            seq.nodes().iter().any(|node| node.end == held),
+            "{name}: at a cut"
+        );
+        let got = run(&mut p.card, &mut seq, &ids[held..], 9, 4);
+        assert_eq!(worst(&got, &expected[held * n_vocab..]), 0.0, "{name}");
+    }
+}
+
 #[test]
 fn a_refused_plan_changes_nothing() {
     let Some(mut p) = Pair::new("qwen2-tiny", "full", KvType::F32) else {
@@ -319,4 +390,74 @@ fn a_refused_plan_changes_nothing() {
     let mut all = p.sequence();
     let expected = feed(&mut p.card, &mut all, &ids[..30]);
     assert_eq!(worst(&got, &expected[expected.len() - got.len()..]), 0.0);
+}
+
+/// Text by whole rows of logits and by the likeliest tokens alone, from `ids` on.
+fn same_text(engine: &mut Engine, empty: &Sequence, ids: &[u32], params: &SamplerParams) {
+    let what = format!("{}, {}", engine.ops().name(), empty.spec().text);
+    let mut by_all = Sampler::without_vocabulary(params).expect("a sampler");
+    let mut by_few = by_all.clone();
+    let k = by_few.n_best().expect("few tokens are enough");
+    let (mut all, mut few) = (empty.fork(), empty.fork());
+    let mut tokens = ids.to_vec();
+    for step in 0..48 {
+        // Together, so that rows and likeliest tokens come of one pass, and apart.
+        let mut feeds = vec![
+            Feed {
+                seq: &mut all,
+                tokens: &tokens,
+                want: Want::Last,
+            },
+            Feed {
+                seq: &mut few,
+                tokens: &tokens,
+                want: Want::Best(k),
+            },
+        ];
+        let outputs = match step % 2 {
+            0 => engine.step_or_blame(&mut feeds).expect("the tokens fit"),
+            _ => feeds
+                .chunks_mut(1)
+                .map(|feed| engine.step_or_blame(feed).expect("it fits").remove(0))
+                .collect(),
+        };
+        let [Output::Rows(logits), Output::Best(best)] = &outputs[..] else {
+            panic!("rows and the likeliest tokens, not {outputs:?}");
+        };
+        let id = by_all.sample(logits);
+        assert_eq!(by_few.sample_best(best), id, "{what}, step {step}");
+        assert_eq!(by_few.candidates(), by_all.candidates(), "{what}");
+        tokens = vec![id];
+    }
+    assert_eq!(by_few.save(), by_all.save(), "{what}");
+}
+
+/// Greedy, and by the default chain with its 40; on the card and on the host.
+#[test]
+fn the_likeliest_tokens_choose_the_same_text() {
+    let greedy = SamplerParams::greedy();
+    let default = SamplerParams {
+        seed: 11,
+        ..SamplerParams::default()
+    };
+    for (name, memory, params) in [
+        ("qwen2-tiny", "full", &greedy),
+        ("qwen3-tiny", "full", &default),
+        ("llama-tiny", "window:window=13,sinks=3", &default),
+        (
+            "nodes-linear",
+            "nodes:decider=entropy,sigma=0.5,max=12",
+            &default,
+        ),
+    ] {
+        let Some(mut p) = Pair::new(name, memory, KvType::F16) else {
+            return;
+        };
+        let spec = memory.parse().expect(memory);
+        let on_card = p.sequence();
+        let on_host = p.host.sequence(&spec, p.options).expect(memory);
+        let ids = p.ids[..12].to_vec();
+        same_text(&mut p.card, &on_card, &ids, params);
+        same_text(&mut p.host, &on_host, &ids, params);
+    }
 }

@@ -2,6 +2,8 @@
 
 mod fixture;
 
+use mneme_engine::memory::decider::splitmix64;
+use mneme_engine::ops::{MOST_BEST, best_of};
 use mneme_engine::sampler::{
     Error, RANDOM_SEED, Sampler, SamplerKind, SamplerParams, log_sum_exp, parse_logit_bias,
     top_logprobs,
@@ -565,4 +567,118 @@ fn llama_cpp_agrees() {
             s.accept(id);
         }
     }
+}
+
+/// Chains whose choice depends on the likeliest tokens alone, and on how many.
+fn short_chains() -> Vec<(SamplerParams, usize)> {
+    use SamplerKind::{MinP, Penalties, Temperature, TopK, TopP, TypicalP, Xtc};
+    let default = SamplerParams {
+        seed: 7,
+        ..SamplerParams::default()
+    };
+    let with = |change: &dyn Fn(&mut SamplerParams)| {
+        let mut p = default.clone();
+        change(&mut p);
+        p
+    };
+    vec![
+        (default.clone(), 40),
+        (with(&|p| p.temperature = 0.0), 40),
+        // Greedy without a list: the steps before keep the likeliest token.
+        (with(&|p| (p.temperature, p.top_k) = (-1.0, 0)), 1),
+        (
+            with(&|p| (p.top_k, p.typical_p, p.xtc_probability) = (7, 0.6, 0.5)),
+            7,
+        ),
+        (
+            with(&|p| (p.top_k, p.dynatemp_range) = (MOST_BEST as i32, 0.5)),
+            MOST_BEST,
+        ),
+        (
+            with(&|p| p.samplers = vec![TopK, Penalties, TopP, TopK, MinP, Temperature]),
+            40,
+        ),
+        (
+            with(&|p| (p.samplers, p.temperature) = (vec![TopP, TopK, Temperature, Xtc], 0.0)),
+            1,
+        ),
+        (
+            with(&|p| (p.samplers, p.top_k) = (vec![TopK, TypicalP], 3)),
+            3,
+        ),
+    ]
+}
+
+#[test]
+fn the_likeliest_tokens_choose_as_all_logits_do() {
+    for (p, k) in short_chains() {
+        let (mut all, mut few) = (sampler(&p), sampler(&p));
+        assert_eq!(few.n_best(), Some(k), "{p:?}");
+        for step in 0..200 {
+            let n = if step % 10 == 0 { 20 } else { 3000 };
+            // Many are equal, some impossible.
+            let mut logits: Vec<f32> = (0..n)
+                .map(|i| ((splitmix64(step as u64, i) * 128.0).round() / 8.0) as f32 - 8.0)
+                .collect();
+            logits[step % 20] = f32::NAN;
+            logits[(step + 7) % 20] = f32::NEG_INFINITY;
+            let mut best = Vec::new();
+            best_of(&logits, k + step % 3, &mut best);
+            let expected = all.sample(&logits);
+            assert_eq!(few.sample_best(&best), expected, "{p:?}");
+            assert_eq!(few.candidates(), all.candidates(), "{p:?}");
+            all.accept(expected);
+            few.accept(expected);
+        }
+        assert_eq!(few.save(), all.save(), "{p:?}");
+        assert_eq!(few.sample_best(&[]), all.sample(&[f32::NAN; 3]));
+    }
+}
+
+#[test]
+fn chains_that_look_at_all_logits_say_so() {
+    use SamplerKind::{Temperature, TopK, TopP};
+    let changes: [&dyn Fn(&mut SamplerParams); 12] = [
+        &|p| p.top_k = 0,
+        &|p| p.top_k = MOST_BEST as i32 + 1,
+        &|p| p.repeat_penalty = 1.1,
+        &|p| p.dry_multiplier = 0.8,
+        &|p| p.mirostat = 2,
+        &|p| p.logit_bias = vec![(3, 1.0)],
+        &|p| p.top_n_sigma = 1.0,
+        &|p| p.samplers = vec![TopP, TopK, Temperature],
+        &|p| p.samplers = vec![Temperature, TopK],
+        &|p| p.samplers = vec![TopP],
+        &|p| p.samplers = Vec::new(),
+        &|p| (p.temperature, p.dynatemp_range, p.top_k) = (0.0, 0.5, 0),
+    ];
+    for (i, change) in changes.into_iter().enumerate() {
+        let mut p = SamplerParams::default();
+        change(&mut p);
+        assert_eq!(sampler(&p).n_best(), None, "{i}");
+    }
+}
+
+#[test]
+fn the_best_of_a_row_are_those_of_a_sort() {
+    for (n, k) in [(1, 1), (50, 70), (5000, 3), (5000, 40), (9000, 1024)] {
+        // Zeros of both signs among few different numbers.
+        let row: Vec<f32> = (0..n)
+            .map(|i| {
+                (-4.0 * splitmix64(6, i)) as i32 as f32 * (2.0 * splitmix64(7, i)) as i32 as f32
+            })
+            .collect();
+        let mut best = Vec::new();
+        best_of(&row, k, &mut best);
+        let mut expected = ranking(&row);
+        expected.truncate(k);
+        assert_eq!(
+            best.iter().map(|b| b.0).collect::<Vec<_>>(),
+            expected,
+            "{k} of {n}"
+        );
+    }
+    let mut best = vec![(1, 1.0)];
+    best_of(&[1.0, 2.0], 0, &mut best);
+    assert!(best.is_empty());
 }

@@ -13,7 +13,7 @@ use mneme_kernels::cuda::attend::{Cells, Queries, Table, attend, page_bytes};
 use mneme_kernels::cuda::mul_mat::{Packed, mul_mat};
 use mneme_kernels::cuda::peak::Peak;
 use mneme_kernels::cuda::recur::{Form, Recur, Rule, recur};
-use mneme_kernels::cuda::{Device, Error, rms_norm, swiglu};
+use mneme_kernels::cuda::{Device, Error, rms_norm, swiglu, top_k};
 use mneme_kernels::mul_mat::WeightType;
 use std::time::Instant;
 
@@ -314,6 +314,19 @@ impl Bench<'_> {
                 3.0 * bytes,
                 || swiglu::swiglu(dev, x.all(), x.all(), out.all_mut()),
             )?;
+        }
+        // Logits of Qwen2.5's vocabulary, as many rows as exceed the cache.
+        let n_vocab = 151_936;
+        let n = x.len() / n_vocab;
+        let x = x.slice(0..n * n_vocab);
+        for k in [1, 40, 1024] {
+            let name = format!("top_k {k} of {n} rows of {n_vocab}");
+            if self.wants(&name) {
+                let mut best = self.dev.alloc::<u32>(n * 2 * k)?;
+                self.row(&name, Limit::Bytes, (4 * x.len()) as f64, || {
+                    top_k::top_k(dev, x, n_vocab, k, best.all_mut())
+                })?;
+            }
         }
         Ok(())
     }

@@ -171,3 +171,13 @@ DEVICE float block_max(float x, float *room) {
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 // x sigmoid(x), zero at minus infinity.
 DEVICE float silu(float x) { return x < -88.0f ? -0.0f : x / (1.0f + expf(-x)); }
+
+// Order of numbers as order of unsigned integers: minus zero before zero, no NaN.
+DEVICE uint32_t order_key(float x) {
+    const uint32_t bits = f32_bits(x);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+// The number of a key.
+DEVICE float key_number(uint32_t key) {
+    return bits_f32(key >> 31 ? key & 0x7fffffffu : ~key);
+}

@@ -30,19 +30,30 @@ KERNEL(decay_gate, 256, GateArgs) {
 struct ConvArgs {
     const float *x;     // [n, w]
     const float *taps;  // [w, 4], the current input last
-    float *past;        // [3, w]: the three inputs before x; moved on
+    const float *past;  // [3, w]: the three inputs before x
+    float *next;        // [3, w]: the last three of past and x
     float *out;         // [n, w]
     int n, w;
 };
 
-// silu of the causal convolution over the last four inputs of each channel. A thread walks one
-// channel: the inputs it needs again stay in registers.
+// Tokens that a thread walks.
+static constexpr int CONV_TOKENS = 16;
+
+// Input t of channel c, before x if t is negative.
+DEVICE float conv_input(const ConvArgs &a, int t, int c) {
+    return t < 0 ? a.past[static_cast<size_t>(3 + t) * a.w + c] : a.x[static_cast<size_t>(t) * a.w + c];
+}
+
+// silu of the causal convolution over the last four inputs of each channel. Grid [channels, runs of
+// tokens]: within a run the inputs that are needed again stay in registers.
 KERNEL(conv_silu, 256, ConvArgs) {
-    const int c = blockIdx.x * blockDim.x + threadIdx.x;
+    const int c = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y * CONV_TOKENS;
     if (c >= a.w) return;
     const float *const taps = a.taps + 4 * static_cast<size_t>(c);
-    float x0 = a.past[c], x1 = a.past[a.w + c], x2 = a.past[2 * static_cast<size_t>(a.w) + c];
-    for (int t = 0; t < a.n; t++) {
+    float x0 = conv_input(a, first - 3, c), x1 = conv_input(a, first - 2, c);
+    float x2 = conv_input(a, first - 1, c);
+    const int end = min(first + CONV_TOKENS, a.n);
+    for (int t = first; t < end; t++) {
         const size_t at = static_cast<size_t>(t) * a.w + c;
         const float x3 = a.x[at];
         a.out[at] = silu(taps[0] * x0 + taps[1] * x1 + taps[2] * x2 + taps[3] * x3);
@@ -50,9 +61,11 @@ KERNEL(conv_silu, 256, ConvArgs) {
         x1 = x2;
         x2 = x3;
     }
-    a.past[c] = x0;
-    a.past[a.w + c] = x1;
-    a.past[2 * static_cast<size_t>(a.w) + c] = x2;
+    if (end == a.n) {
+        a.next[c] = x0;
+        a.next[a.w + c] = x1;
+        a.next[2 * static_cast<size_t>(a.w) + c] = x2;
+    }
 }
 
 struct GateHeadsArgs {

@@ -65,12 +65,6 @@ KERNEL(rank_cells, 64, RankArgs) {
     a.ranks[row * a.chosen_words * 32 + cell] = rank;
 }
 
-// Order of numbers as order of unsigned integers.
-DEVICE uint32_t rank_key(float x) {
-    const uint32_t bits = f32_bits(x);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
 // Grid [n_q, n_head_kv], 256 threads: finds the top_k-th key byte by byte, then marks the cells
 // above it and the oldest of its equals.
 KERNEL(choose_cells, 256, RankArgs) {
@@ -88,7 +82,7 @@ KERNEL(choose_cells, 256, RankArgs) {
         counts[threadIdx.x] = 0;
         __syncthreads();
         for (uint32_t i = table.n_always + threadIdx.x; i < n_kept; i += blockDim.x) {
-            const uint32_t k = rank_key(ranks[i]);
+            const uint32_t k = order_key(ranks[i]);
             // Shifts by 32 are not defined: the first round takes every key.
             if (shift == 24 || k >> (shift + 8) == key >> (shift + 8)) {
                 atomicAdd(&counts[k >> shift & 255], 1u);
@@ -111,7 +105,7 @@ KERNEL(choose_cells, 256, RankArgs) {
     for (uint32_t first = 0; first < n_kept; first += blockDim.x) {
         const uint32_t i = first + threadIdx.x;
         const bool ranked = i >= table.n_always && i < n_kept;
-        const uint32_t k = ranked ? rank_key(ranks[i]) : 0;
+        const uint32_t k = ranked ? order_key(ranks[i]) : 0;
         const bool equal = ranked && k == key;
         const uint32_t equals = __ballot_sync(ALL, equal);
         __syncthreads();

@@ -5,9 +5,6 @@ use super::sample::Sample;
 use mneme_engine::{Engine, Sequence};
 use std::collections::HashSet;
 
-/// Tokens of one pass of the trunk.
-const CHUNK: usize = 512;
-
 /// Counts over one text or, added up, over several.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Tally {
@@ -150,22 +147,9 @@ fn probabilities(engine: &Engine, ids: &[u32]) -> Option<Vec<f32>> {
     let weights = &engine.model.weights;
     let tensors = weights.nodes.as_ref()?;
     tensors.head.as_ref()?;
-    let n_embd = weights.hparams.n_embd;
-    let mut state = tensors.start();
-    let mut out = Vec::with_capacity(ids.len());
-    for chunk in ids.chunks(CHUNK) {
-        let mut x = vec![0.0; chunk.len() * n_embd];
-        engine
-            .ops()
-            .host()
-            .get_rows(&weights.token_embd, chunk, &mut x);
-        out.extend(
-            tensors
-                .read(engine.ops().host(), &mut state, &x, chunk.len())
-                .1,
-        );
-    }
-    Some(out)
+    let p = tensors.boundary_probabilities(engine.ops(), &weights.token_embd, ids);
+    p.inspect_err(|e| tracing::warn!("boundary probabilities: {e}"))
+        .ok()
 }
 
 #[cfg(test)]

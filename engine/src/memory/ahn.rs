@@ -348,7 +348,7 @@ impl Memory for Ahn {
             .collect()
     }
 
-    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
+    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> Result<usize> {
         if !plan.recalls.is_empty() {
             for layer in &mut self.layers {
                 if let Some(next) = &mut layer.next {
@@ -360,7 +360,7 @@ impl Memory for Ahn {
         // One cell more than the next query sees: it writes the token that has just left.
         let (begin, full_layers) = (self.evicted(0).start, &self.full_layers);
         self.store.release_raw(begin, |il| !full_layers[il]);
-        plan.n_tokens
+        Ok(plan.n_tokens)
     }
 
     fn truncate(&mut self, _: &dyn Ops, _: &[u32], n: usize) -> usize {

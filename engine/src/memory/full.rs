@@ -55,9 +55,9 @@ impl Memory for Full {
         &mut self.store
     }
 
-    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
+    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> Result<usize> {
         self.store.commit(0, plan.n_tokens);
-        plan.n_tokens
+        Ok(plan.n_tokens)
     }
 
     fn truncate(&mut self, _: &dyn Ops, _: &[u32], n: usize) -> usize {

@@ -182,13 +182,19 @@ impl Memory for Gist {
         (self.at.n_sinks as u32, 0)
     }
 
-    fn commit(&mut self, _: &dyn Ops, plan: &Plan, tokens: &[u32], _: Option<&[f32]>) -> usize {
+    fn commit(
+        &mut self,
+        _: &dyn Ops,
+        plan: &Plan,
+        tokens: &[u32],
+        _: Option<&[f32]>,
+    ) -> Result<usize> {
         self.at = self.walk(&tokens[..plan.n_tokens]).0;
         let (kept, raw) = plan.n_cells();
         self.store.commit(kept, raw);
         let first_seen = self.first_seen();
         self.store.release_raw(first_seen, |_| true);
-        plan.n_tokens
+        Ok(plan.n_tokens)
     }
 
     fn truncate(&mut self, _: &dyn Ops, tokens: &[u32], n: usize) -> usize {

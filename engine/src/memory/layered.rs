@@ -84,12 +84,12 @@ impl Memory for Layered {
         self.full_layers[layer]
     }
 
-    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
+    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> Result<usize> {
         self.span.advance(&mut self.store, plan);
         let full = &self.full_layers;
         self.store
             .release_raw(self.span.first_seen(), |il| !full[il]);
-        plan.n_tokens
+        Ok(plan.n_tokens)
     }
 
     fn truncate(&mut self, _: &dyn Ops, _: &[u32], n: usize) -> usize {

@@ -206,14 +206,14 @@ pub trait Memory: Send {
     /// The one place that changes what is remembered: takes over the pass's cells and frees what
     /// later entries cannot see. `logits` has a row per token of the plan when
     /// [`Memory::reads_logits`]. Returns how many tokens were taken, at most `plan.n_tokens`; the
-    /// others must be offered again.
+    /// others must be offered again. When the device fails nothing has changed.
     fn commit(
         &mut self,
         ops: &dyn Ops,
         plan: &Plan,
         tokens: &[u32],
         logits: Option<&[f32]>,
-    ) -> usize;
+    ) -> Result<usize>;
 
     /// Forgets from the end of `tokens`, which are all that were read, until at most `n` remain and
     /// returns how many do remain: as many as are still exactly known, often fewer than `n`. The

@@ -1,7 +1,10 @@
 //! The compressor of `nodes`: a small trunk of gated delta blocks over token embeddings, the
 //! active memory that folds the open segment, and the map from it to slot embeddings.
 //!
-//! All of it runs on the host, whatever device runs the model.
+//! It runs where the model runs. The decider's heads stay on the host: they are a dot product for
+//! each token, or two small matrices, and what they decide is control work. Home come the trunk's
+//! outputs, for a trained decider, and the readouts, each once a chunk; slots' embeddings go to the
+//! pass with those of tokens.
 //!
 //! The trunk reads token embeddings only, so all cuts of a prompt are known before the model
 //! runs. Its recurrences always take the step-by-step form: their cost is a thousandth of the
@@ -9,15 +12,19 @@
 
 use crate::error::{Error, Result};
 use crate::hparams::Hparams;
-use crate::ops::{Cpu, Matrix, Table};
-use crate::ops::{sigmoid, softplus};
+use crate::ops::sigmoid;
+use crate::ops::{Buffer, Cpu, Device, Fold, Matrix, Ops, Rule, Table};
 use crate::weights::Loader;
-use mneme_kernels::recur::{Form, Numbers, Recur, Rule};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Epsilon of every norm inside the compressor.
 const EPS: f32 = 1e-6;
 /// Inputs the causal convolution spans.
 const CONV: usize = 4;
+/// Most dimensions of a head whose recurrence a card has kernels for.
+const CARD_HEAD_DIM: usize = 256;
+/// Tokens read at a time where nobody says otherwise.
+const CHUNK: usize = 512;
 
 /// A gated delta recurrence's own projections.
 struct Delta {
@@ -28,27 +35,26 @@ struct Delta {
     /// `alpha.weight` `[n_head, c]`.
     alpha: Matrix,
     /// `a` `[n_head]`: `-exp(A_log)`.
-    a: Vec<f32>,
+    a: Buffer,
     /// `dt.bias` `[n_head]`.
-    dt_bias: Vec<f32>,
+    dt_bias: Buffer,
     /// `gate.weight` `[c, c]`.
     gate: Matrix,
     /// `head_norm.weight` `[c / n_head]`.
-    head_norm: Vec<f32>,
+    head_norm: Buffer,
 }
 
 /// One trunk block, `mem.blk.B.*`.
 struct Block {
-    norm: Vec<f32>,
+    norm: Buffer,
     delta: Delta,
     /// `conv.weight` `[3c, 4]`, the current input last.
-    conv: Vec<f32>,
+    conv: Buffer,
     out: Matrix,
-    ffn_norm: Vec<f32>,
+    ffn_norm: Buffer,
     ffn_gate: Matrix,
     ffn_up: Matrix,
     ffn_down: Matrix,
-    n_ff: usize,
 }
 
 /// How the boundary probability is read off the trunk.
@@ -88,17 +94,58 @@ pub struct NodeTensors {
     pub n_head: usize,
     /// Slots a node leaves behind, N_g.
     pub n_slots: usize,
-    in_norm: Vec<f32>,
+    in_norm: Buffer,
     input: Matrix,
     blocks: Vec<Block>,
-    out_norm: Vec<f32>,
+    out_norm: Buffer,
     /// The trained decider, if the file has one.
     pub head: Option<Head>,
     active: Delta,
     /// `mem.node.map.weight` `[n_slots * n_embd, c]`.
     map: Matrix,
     /// `mem.node.slot.weight` `[n_slots, n_embd]`.
-    slot: Vec<f32>,
+    slot: Buffer,
+    /// The state at the start of every text.
+    start: TrunkState,
+    scratch: Mutex<TrunkScratch>,
+}
+
+/// What the compressor computes with, kept between calls and shared by all sequences of a model.
+#[derive(Default)]
+pub struct TrunkScratch {
+    /// Embeddings `[n, n_embd]`, and the same normed.
+    x: Buffer,
+    normed: Buffer,
+    /// Residual stream, in the end the trunk's outputs h `[n, c]`.
+    h: Buffer,
+    /// Normed input of a block, and a block's output `[n, c]`.
+    y: Buffer,
+    /// Queries, keys and values `[n, 3, c]`, and the same convolved.
+    qkv: Buffer,
+    mixed: Buffer,
+    read: ReadScratch,
+    /// Feed-forward gate, up and activation `[n, n_ff]`.
+    gate: Buffer,
+    up: Buffer,
+    act: Buffer,
+    /// Slot embeddings `[n, n_slots, n_embd]` and the readouts `[n, c]` they are made of.
+    slots: Buffer,
+    closed: Buffer,
+    /// What came home.
+    home: Vec<f32>,
+}
+
+/// What a recurrence computes with.
+#[derive(Default)]
+struct ReadScratch {
+    /// Write strengths and log decays `[n, n_head]`.
+    beta: Buffer,
+    g: Buffer,
+    /// Gate of what is read `[n, c]`.
+    gate: Buffer,
+    /// What is read `[n, c]`: as it is and in the end gated, and normed in between.
+    o: Buffer,
+    normed: Buffer,
 }
 
 impl NodeTensors {
@@ -150,124 +197,200 @@ impl NodeTensors {
             0 => 0,
             _ => need("compressor.feed_forward_length")?,
         };
+        let device = from.ops.device().clone();
+        let d = c / n_head;
+        if !device.is_host() && d > CARD_HEAD_DIM {
+            return Err(Error::Key {
+                key: key("compressor.head_count"),
+                what: format!("heads of {d} dimensions; a card takes up to {CARD_HEAD_DIM}"),
+            });
+        }
         let blocks = (0..n_blocks)
             .map(|b| Block::load(from, &format!("mem.blk.{b}"), c, n_head, n_ff))
             .collect::<Result<Vec<_>>>()?;
+        let state = Arc::new(device.zeros(c * d)?);
+        let block = BlockState {
+            state: Arc::clone(&state),
+            conv: Arc::new(device.zeros((CONV - 1) * 3 * c)?),
+        };
+        let start = TrunkState {
+            blocks: vec![block; n_blocks],
+            last: None,
+            active: state,
+        };
+        let slot = from.values("mem.node.slot.weight", n_slots, hp.n_embd)?;
         Ok(Some(NodeTensors {
-            in_norm: from.vector("mem.in_norm.weight", hp.n_embd)?,
-            input: from.host_matrix("mem.in.weight", c, hp.n_embd)?,
-            out_norm: from.vector("mem.out_norm.weight", c)?,
+            in_norm: from.buffer("mem.in_norm.weight", hp.n_embd)?,
+            input: from.matrix("mem.in.weight", c, hp.n_embd)?,
+            out_norm: from.buffer("mem.out_norm.weight", c)?,
             head: Head::load(from, c)?,
             active: Delta::load(from, "mem.active", c, n_head)?,
-            map: from.host_matrix("mem.node.map.weight", n_slots * hp.n_embd, c)?,
-            slot: from.values("mem.node.slot.weight", n_slots, hp.n_embd)?,
+            map: from.matrix("mem.node.map.weight", n_slots * hp.n_embd, c)?,
+            slot: device.upload(slot)?,
             width: c,
             n_head,
             n_slots,
             blocks,
+            start,
+            scratch: Mutex::default(),
         }))
     }
 
-    /// A trunk at the start of a text.
+    /// A trunk and an active memory at the start of a text.
     pub fn start(&self) -> TrunkState {
-        let block = BlockState {
-            state: vec![0.0; self.width * self.width / self.n_head],
-            conv: vec![0.0; (CONV - 1) * 3 * self.width],
-        };
-        TrunkState {
-            blocks: vec![block; self.blocks.len()],
-            last: None,
-        }
+        self.start.clone()
     }
 
-    /// Runs the trunk over embeddings `x` `[n, n_embd]`: its outputs h `[n, c]`, and the boundary
-    /// probability of each token if the file has a decider.
+    /// What calls compute with; one at a time.
+    pub fn scratch(&self) -> MutexGuard<'_, TrunkScratch> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs the trunk of state `from` over `tokens`, rows of `token_embd`, and leaves its outputs h
+    /// `[n, c]` in `s`. The trunk of `to`, whatever it held, is the state afterwards; its active
+    /// memory stays. Returns the boundary probability of each token when `decides`, nothing
+    /// without a decider.
     pub fn read(
         &self,
-        ops: &Cpu,
-        at: &mut TrunkState,
-        x: &[f32],
-        n: usize,
-    ) -> (Vec<f32>, Vec<f32>) {
-        let c = self.width;
+        ops: &dyn Ops,
+        s: &mut TrunkScratch,
+        from: &TrunkState,
+        to: &mut TrunkState,
+        token_embd: &Table,
+        tokens: &[u32],
+        decides: bool,
+    ) -> Result<Vec<f32>> {
+        let (c, n) = (self.width, tokens.len());
         if n == 0 {
-            return (Vec::new(), Vec::new());
+            to.blocks.clone_from(&from.blocks);
+            to.last.clone_from(&from.last);
+            return Ok(Vec::new());
         }
-        let mut normed = vec![0.0; x.len()];
-        ops.rms_norm(x, &self.in_norm, EPS, &mut normed);
-        let mut u = vec![0.0; n * c];
-        ops.mul_mat(&normed, n, &mut [(&self.input, &mut u)]);
-        for (block, state) in self.blocks.iter().zip(&mut at.blocks) {
-            block.forward(ops, state, &mut u, n, self.n_head);
+        let (device, n_embd) = (ops.device(), self.in_norm.len());
+        device.fill(&mut s.x, n * n_embd, |x| {
+            ops.host().get_rows(token_embd, tokens, x);
+        })?;
+        device.resize(&mut s.normed, n * n_embd)?;
+        for buffer in [&mut s.h, &mut s.y] {
+            device.resize(buffer, n * c)?;
         }
-        ops.rms_norm_in_place(&mut u, &self.out_norm, EPS);
-        let p = self
-            .head
-            .as_ref()
-            .map(|head| head.probabilities(ops, &u, n, c, at.last.as_deref()))
-            .unwrap_or_default();
-        at.last = Some(u[(n - 1) * c..].into());
-        (u, p)
+        ops.rms_norm(&s.x, &self.in_norm, EPS, &mut s.normed);
+        ops.mul_mat(&s.normed, 0..n, &mut [(&self.input, &mut s.h)]);
+        to.blocks
+            .resize_with(self.blocks.len(), BlockState::default);
+        let states = from.blocks.iter().zip(&mut to.blocks);
+        for (block, (from, to)) in self.blocks.iter().zip(states) {
+            block.forward(ops, s, from, to, n, self.n_head)?;
+        }
+        ops.rms_norm(&s.h, &self.out_norm, EPS, &mut s.y);
+        std::mem::swap(&mut s.h, &mut s.y);
+
+        to.last = None;
+        let head = self.head.as_ref().filter(|h| decides || h.looks_back());
+        let Some(head) = head else {
+            return Ok(Vec::new());
+        };
+        let h = s.h.read_with(&mut s.home)?;
+        let p = match decides {
+            true => head.probabilities(ops.host(), h, n, c, from.last.as_deref()),
+            false => Vec::new(),
+        };
+        to.last = head.looks_back().then(|| h[(n - 1) * c..].into());
+        Ok(p)
     }
 
     /// Boundary probability of each of `tokens` read from the start of a text, for people to look
     /// at; empty if the file has no trained decider.
     pub fn boundary_probabilities(
         &self,
-        ops: &Cpu,
+        ops: &dyn Ops,
         token_embd: &Table,
-        n_embd: usize,
         tokens: &[u32],
-    ) -> Vec<f32> {
-        let mut trunk = self.start();
+    ) -> Result<Vec<f32>> {
+        let s = &mut *self.scratch();
+        let (mut at, mut next) = (self.start(), self.start());
         let mut out = Vec::with_capacity(tokens.len());
-        for part in tokens.chunks(512) {
-            let mut x = vec![0.0; part.len() * n_embd];
-            ops.get_rows(token_embd, part, &mut x);
-            out.extend(self.read(ops, &mut trunk, &x, part.len()).1);
+        for part in tokens.chunks(CHUNK) {
+            out.extend(self.read(ops, s, &at, &mut next, token_embd, part, true)?);
+            std::mem::swap(&mut at, &mut next);
         }
-        out
+        Ok(out)
     }
 
-    /// Folds `h` `[n, c]` into the active memory `state`, which starts anew before each of
-    /// `resets`, and returns the readout r `[n, c]` after every token.
-    pub fn fold(
+    /// Folds the first `n` outputs that [`NodeTensors::read`] left in `s` into the active memory of
+    /// `from`, which starts anew before each of `resets`; that of `to` holds it afterwards. Returns
+    /// the readout r `[n, c]` after every token.
+    pub fn fold<'s>(
         &self,
-        ops: &Cpu,
-        state: &mut [f32],
-        h: &[f32],
+        ops: &dyn Ops,
+        s: &'s mut TrunkScratch,
+        from: &TrunkState,
+        to: &mut TrunkState,
         n: usize,
         resets: &[usize],
-    ) -> Vec<f32> {
-        let c = self.width;
-        let mut qkv = vec![0.0; n * 3 * c];
-        let mut gate = vec![0.0; n * c];
-        ops.mul_mat(
-            h,
-            n,
-            &mut [(&self.active.qkv, &mut qkv), (&self.active.gate, &mut gate)],
-        );
-        let mut r = self
-            .active
-            .recur(ops, state, h, &qkv, n, self.n_head, resets);
-        ops.swiglu_gate(&mut r, &gate);
-        r
-    }
-
-    /// Values in the active memory's state.
-    pub fn active_len(&self) -> usize {
-        self.width * self.width / self.n_head
-    }
-
-    /// Slot embeddings `[n, n_slots, n_embd]` of `n` readouts `[n, c]`.
-    pub fn slots(&self, ops: &Cpu, r: &[f32], n: usize) -> Vec<f32> {
-        let mut e = vec![0.0; n * self.slot.len()];
+    ) -> Result<&'s [f32]> {
         if n == 0 {
-            return e;
+            to.active = Arc::clone(&from.active);
+            return Ok(&[]);
         }
-        ops.mul_mat(r, n, &mut [(&self.map, &mut e)]);
-        ops.add_bias(&mut e, &self.slot);
-        e
+        ops.device().resize(&mut s.qkv, n * 3 * self.width)?;
+        s.read.resize(ops.device(), n, self.width, self.n_head)?;
+        self.active.project(ops, &s.h, n, &mut s.qkv, &mut s.read);
+        let (state, next) = (&from.active, &mut to.active);
+        self.active
+            .recur(ops, &s.qkv, &mut s.read, state, next, resets)?;
+        s.read.o.read_with(&mut s.home)
+    }
+
+    /// The last readout `[c]` of readouts `rs` `[n, c]` folded from the start, as outputs of a trunk
+    /// are. `spare` lends its active memory's room.
+    pub fn fold_readouts(
+        &self,
+        ops: &dyn Ops,
+        s: &mut TrunkScratch,
+        spare: &mut TrunkState,
+        rs: &[f32],
+    ) -> Result<Box<[f32]>> {
+        let (c, n) = (self.width, rs.len() / self.width);
+        ops.device()
+            .fill(&mut s.h, rs.len(), |h| h.copy_from_slice(rs))?;
+        let r = self.fold(ops, s, &self.start, spare, n, &[])?;
+        Ok(r[(n - 1) * c..].into())
+    }
+
+    /// Slot embeddings `[n, n_slots, n_embd]` of readouts `rs` `[n, c]`.
+    pub fn slots(&self, ops: &dyn Ops, s: &mut TrunkScratch, rs: &[f32]) -> Result<Vec<f32>> {
+        let n = rs.len() / self.width;
+        if n == 0 {
+            return Ok(Vec::new());
+        }
+        let device = ops.device();
+        device.fill(&mut s.closed, rs.len(), |to| to.copy_from_slice(rs))?;
+        device.resize(&mut s.slots, n * self.slot.len())?;
+        ops.mul_mat(&s.closed, 0..n, &mut [(&self.map, &mut s.slots)]);
+        ops.add_bias(&mut s.slots, &self.slot);
+        s.slots.read()
+    }
+}
+
+/// `to` as a buffer of `len` numbers that nobody else holds, to be overwritten.
+fn own<'a>(device: &Device, to: &'a mut Arc<Buffer>, len: usize) -> Result<&'a mut Buffer> {
+    if Arc::get_mut(to).is_none_or(|to| to.len() != len) {
+        *to = Arc::new(device.zeros(len)?);
+    }
+    Ok(Arc::get_mut(to).expect("held by nobody else"))
+}
+
+impl ReadScratch {
+    /// Room for `n` tokens.
+    fn resize(&mut self, device: &Device, n: usize, c: usize, n_head: usize) -> Result<()> {
+        for buffer in [&mut self.beta, &mut self.g] {
+            device.resize(buffer, n * n_head)?;
+        }
+        for buffer in [&mut self.gate, &mut self.o, &mut self.normed] {
+            device.resize(buffer, n * c)?;
+        }
+        Ok(())
     }
 }
 
@@ -275,68 +398,63 @@ impl Delta {
     fn load(from: &mut Loader<'_>, prefix: &str, c: usize, n_head: usize) -> Result<Delta> {
         let name = |suffix: &str| format!("{prefix}.{suffix}");
         Ok(Delta {
-            qkv: from.host_matrix(&name("qkv.weight"), 3 * c, c)?,
-            beta: from.host_matrix(&name("beta.weight"), n_head, c)?,
-            alpha: from.host_matrix(&name("alpha.weight"), n_head, c)?,
-            a: from.vector(&name("a"), n_head)?,
-            dt_bias: from.vector(&name("dt.bias"), n_head)?,
-            gate: from.host_matrix(&name("gate.weight"), c, c)?,
-            head_norm: from.vector(&name("head_norm.weight"), c / n_head)?,
+            qkv: from.matrix(&name("qkv.weight"), 3 * c, c)?,
+            beta: from.matrix(&name("beta.weight"), n_head, c)?,
+            alpha: from.matrix(&name("alpha.weight"), n_head, c)?,
+            a: from.buffer(&name("a"), n_head)?,
+            dt_bias: from.buffer(&name("dt.bias"), n_head)?,
+            gate: from.matrix(&name("gate.weight"), c, c)?,
+            head_norm: from.buffer(&name("head_norm.weight"), c / n_head)?,
         })
     }
 
-    /// The recurrence over `qkv` `[n, 3, c]` with gates from `y` `[n, c]`; normed readout `[n, c]`.
+    /// Queries, keys and values `[n, 3, c]`, gates of the recurrence and gates of what it reads, of
+    /// the first `n` rows of `y` `[.., c]`.
+    fn project(&self, ops: &dyn Ops, y: &Buffer, n: usize, qkv: &mut Buffer, s: &mut ReadScratch) {
+        ops.mul_mat(
+            y,
+            0..n,
+            &mut [
+                (&self.qkv, qkv),
+                (&self.gate, &mut s.gate),
+                (&self.beta, &mut s.beta),
+                (&self.alpha, &mut s.g),
+            ],
+        );
+        ops.gates(
+            Rule::GatedDelta,
+            &mut s.beta,
+            &mut s.g,
+            &self.a,
+            &self.dt_bias,
+        );
+    }
+
+    /// The recurrence over `qkv` `[n, 3, c]` with the gates in `s`; what is read, normed and gated,
+    /// into `s.o` `[n, c]`.
     fn recur(
         &self,
-        ops: &Cpu,
-        state: &mut [f32],
-        y: &[f32],
-        qkv: &[f32],
-        n: usize,
-        n_head: usize,
+        ops: &dyn Ops,
+        qkv: &Buffer,
+        s: &mut ReadScratch,
+        state: &Buffer,
+        next: &mut Arc<Buffer>,
         resets: &[usize],
-    ) -> Vec<f32> {
-        let d = self.head_norm.len();
-        let c = d * n_head;
-        let mut beta = vec![0.0; n * n_head];
-        let mut g = vec![0.0; n * n_head];
-        ops.mul_mat(y, n, &mut [(&self.beta, &mut beta), (&self.alpha, &mut g)]);
-        for t in 0..n {
-            for j in 0..n_head {
-                let at = t * n_head + j;
-                beta[at] = sigmoid(beta[at]);
-                g[at] = self.a[j] * softplus(g[at] + self.dt_bias[j]);
-            }
-        }
-        let third = |i: usize| -> Vec<f32> {
-            qkv.chunks_exact(3 * c)
-                .flat_map(|row| &row[i * c..(i + 1) * c])
-                .copied()
-                .collect()
-        };
-        let (q, k, v) = (third(0), third(1), third(2));
-        let mut o = vec![0.0; n * c];
-        ops.recur(
-            Form::Recurrent,
-            &mut [Recur {
-                rule: Rule::GatedDelta,
-                n_tokens: n,
-                n_head,
-                n_head_k: n_head,
-                head_dim_k: d,
-                head_dim_v: d,
-                q: Numbers::F32(&q),
-                k: Numbers::F32(&k),
-                v: Numbers::F32(&v),
-                g: Numbers::F32(&g),
-                beta: Numbers::F32(&beta),
-                resets,
-                state,
-                out: &mut o,
-            }],
-        );
-        ops.rms_norm_in_place(&mut o, &self.head_norm, EPS);
-        o
+    ) -> Result<()> {
+        ops.fold(Fold {
+            n_head: self.a.len(),
+            head_dim: self.head_norm.len(),
+            qkv,
+            beta: &s.beta,
+            g: &s.g,
+            resets,
+            state,
+            next: own(ops.device(), next, state.len())?,
+            out: &mut s.o,
+        });
+        ops.rms_norm(&s.o, &self.head_norm, EPS, &mut s.normed);
+        ops.swiglu(&s.gate, &s.normed, &mut s.o);
+        Ok(())
     }
 }
 
@@ -349,67 +467,57 @@ impl Block {
         n_ff: usize,
     ) -> Result<Block> {
         let name = |suffix: &str| format!("{prefix}.{suffix}");
+        let conv = from.values(&name("conv.weight"), 3 * c, CONV)?;
         Ok(Block {
-            norm: from.vector(&name("norm.weight"), c)?,
+            norm: from.buffer(&name("norm.weight"), c)?,
             delta: Delta::load(from, prefix, c, n_head)?,
-            conv: from.values(&name("conv.weight"), 3 * c, CONV)?,
-            out: from.host_matrix(&name("out.weight"), c, c)?,
-            ffn_norm: from.vector(&name("ffn_norm.weight"), c)?,
-            ffn_gate: from.host_matrix(&name("ffn_gate.weight"), n_ff, c)?,
-            ffn_up: from.host_matrix(&name("ffn_up.weight"), n_ff, c)?,
-            ffn_down: from.host_matrix(&name("ffn_down.weight"), c, n_ff)?,
-            n_ff,
+            conv: from.ops.device().upload(conv)?,
+            out: from.matrix(&name("out.weight"), c, c)?,
+            ffn_norm: from.buffer(&name("ffn_norm.weight"), c)?,
+            ffn_gate: from.matrix(&name("ffn_gate.weight"), n_ff, c)?,
+            ffn_up: from.matrix(&name("ffn_up.weight"), n_ff, c)?,
+            ffn_down: from.matrix(&name("ffn_down.weight"), c, n_ff)?,
         })
     }
 
-    fn forward(&self, ops: &Cpu, at: &mut BlockState, u: &mut [f32], n: usize, n_head: usize) {
-        let c = self.norm.len();
-        let mut y = vec![0.0; n * c];
-        ops.rms_norm(u, &self.norm, EPS, &mut y);
-        let mut qkv = vec![0.0; n * 3 * c];
-        let mut gate = vec![0.0; n * c];
-        ops.mul_mat(
-            &y,
-            n,
-            &mut [(&self.delta.qkv, &mut qkv), (&self.delta.gate, &mut gate)],
-        );
-        let qkv = self.convolve(&mut at.conv, &qkv, n);
-        let mut o = self
-            .delta
-            .recur(ops, &mut at.state, &y, &qkv, n, n_head, &[]);
-        ops.swiglu_gate(&mut o, &gate);
-        ops.mul_mat(&o, n, &mut [(&self.out, &mut y)]);
-        ops.add(u, &y);
-
-        ops.rms_norm(u, &self.ffn_norm, EPS, &mut y);
-        let mut gate = vec![0.0; n * self.n_ff];
-        let mut up = vec![0.0; n * self.n_ff];
-        ops.mul_mat(
-            &y,
-            n,
-            &mut [(&self.ffn_gate, &mut gate), (&self.ffn_up, &mut up)],
-        );
-        ops.swiglu_gate(&mut up, &gate);
-        ops.mul_mat(&up, n, &mut [(&self.ffn_down, &mut y)]);
-        ops.add(u, &y);
-    }
-
-    /// `silu` of the causal depthwise convolution over the last four inputs; `past` holds the
-    /// three before the first row and is moved on.
-    fn convolve(&self, past: &mut [f32], qkv: &[f32], n: usize) -> Vec<f32> {
-        let w = past.len() / (CONV - 1);
-        let mut out = vec![0.0; n * w];
-        let mut window = past.to_vec();
-        window.extend_from_slice(qkv);
-        for (t, out) in out.chunks_exact_mut(w).enumerate() {
-            for (ch, out) in out.iter_mut().enumerate() {
-                let taps = &self.conv[ch * CONV..(ch + 1) * CONV];
-                let sum: f32 = (0..CONV).map(|i| taps[i] * window[(t + i) * w + ch]).sum();
-                *out = sum * sigmoid(sum);
-            }
+    /// The block over `n` rows of the residual stream in `s`.
+    fn forward(
+        &self,
+        ops: &dyn Ops,
+        s: &mut TrunkScratch,
+        from: &BlockState,
+        to: &mut BlockState,
+        n: usize,
+        n_head: usize,
+    ) -> Result<()> {
+        let (device, c, n_ff) = (ops.device(), self.norm.len(), self.ffn_gate.n_rows());
+        s.read.resize(device, n, c, n_head)?;
+        for buffer in [&mut s.qkv, &mut s.mixed] {
+            device.resize(buffer, n * 3 * c)?;
         }
-        past.copy_from_slice(&window[n * w..]);
-        out
+        for buffer in [&mut s.gate, &mut s.up, &mut s.act] {
+            device.resize(buffer, n * n_ff)?;
+        }
+        ops.rms_norm(&s.h, &self.norm, EPS, &mut s.y);
+        self.delta.project(ops, &s.y, n, &mut s.qkv, &mut s.read);
+        let conv = own(device, &mut to.conv, from.conv.len())?;
+        ops.conv_silu(&s.qkv, &self.conv, &from.conv, conv, &mut s.mixed);
+        let (state, next) = (&from.state, &mut to.state);
+        self.delta
+            .recur(ops, &s.mixed, &mut s.read, state, next, &[])?;
+        ops.mul_mat(&s.read.o, 0..n, &mut [(&self.out, &mut s.y)]);
+        ops.add(&mut s.h, &s.y);
+
+        ops.rms_norm(&s.h, &self.ffn_norm, EPS, &mut s.y);
+        ops.mul_mat(
+            &s.y,
+            0..n,
+            &mut [(&self.ffn_gate, &mut s.gate), (&self.ffn_up, &mut s.up)],
+        );
+        ops.swiglu(&s.gate, &s.up, &mut s.act);
+        ops.mul_mat(&s.act, 0..n, &mut [(&self.ffn_down, &mut s.y)]);
+        ops.add(&mut s.h, &s.y);
+        Ok(())
     }
 }
 
@@ -436,6 +544,11 @@ impl Head {
             }));
         }
         Ok(None)
+    }
+
+    /// Whether a token's probability depends on the output for the token before.
+    fn looks_back(&self) -> bool {
+        matches!(self, Head::Cosine { .. })
     }
 
     fn probabilities(
@@ -490,24 +603,27 @@ impl Head {
 }
 
 /// One trunk block between two tokens.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 struct BlockState {
     /// `[n_head, d, d]`.
-    state: Vec<f32>,
+    state: Arc<Buffer>,
     /// The last three inputs of the convolution `[3, 3c]`.
-    conv: Vec<f32>,
+    conv: Arc<Buffer>,
 }
 
-/// The trunk between two tokens.
+/// The trunk and the active memory between two tokens. Clones share their buffers, which are never
+/// changed while they do.
 #[derive(Clone)]
 pub struct TrunkState {
     blocks: Vec<BlockState>,
-    /// Output for the last token, which the cosine decider compares the next one with.
+    /// Output for the last token, where the decider compares the next one with it.
     last: Option<Box<[f32]>>,
+    /// The active memory `[n_head, d, d]`; empty in states that are only kept at cuts.
+    active: Arc<Buffer>,
 }
 
 impl TrunkState {
-    /// Bytes held.
+    /// Bytes held, without those of the active memory.
     pub fn bytes(&self) -> usize {
         let block = |b: &BlockState| b.state.len() + b.conv.len();
         let values = self.blocks.iter().map(block).sum::<usize>()
@@ -515,13 +631,37 @@ impl TrunkState {
         values * size_of::<f32>()
     }
 
+    /// Values in the active memory.
+    pub fn active_len(&self) -> usize {
+        self.active.len()
+    }
+
+    /// Takes the active memory of `other`.
+    pub fn set_active(&mut self, other: &TrunkState) {
+        self.active = Arc::clone(&other.active);
+    }
+
+    /// The same without an active memory.
+    pub fn without_active(&self) -> TrunkState {
+        TrunkState {
+            active: Arc::default(),
+            ..self.clone()
+        }
+    }
+
     /// Writes the state.
     pub fn save(&self, out: &mut crate::session::Encoder<'_>) -> std::io::Result<()> {
+        let mut home = Vec::new();
+        let mut write = |out: &mut crate::session::Encoder<'_>, buffer: &Buffer| {
+            let values = buffer.read_with(&mut home);
+            out.f32s(values.map_err(std::io::Error::other)?)
+        };
         for block in &self.blocks {
-            out.f32s(&block.state)?;
-            out.f32s(&block.conv)?;
+            write(out, &block.state)?;
+            write(out, &block.conv)?;
         }
-        out.f32s(self.last.as_deref().unwrap_or(&[]))
+        out.f32s(self.last.as_deref().unwrap_or(&[]))?;
+        write(out, &self.active)
     }
 
     /// Reads what [`TrunkState::save`] wrote, into a state of the same model.
@@ -529,10 +669,18 @@ impl TrunkState {
         &mut self,
         from: &mut crate::session::Decoder<'_>,
         width: usize,
+        device: &Device,
     ) -> std::io::Result<()> {
+        let read = |from: &mut crate::session::Decoder<'_>, buffer: &mut Arc<Buffer>| {
+            let mut values = vec![0.0; buffer.len()];
+            from.f32s_into(&mut values)?;
+            let values = device.upload(values).map_err(std::io::Error::other)?;
+            *buffer = Arc::new(values);
+            Ok::<_, std::io::Error>(())
+        };
         for block in &mut self.blocks {
-            from.f32s_into(&mut block.state)?;
-            from.f32s_into(&mut block.conv)?;
+            read(from, &mut block.state)?;
+            read(from, &mut block.conv)?;
         }
         let last = from.f32s()?;
         if !last.is_empty() && last.len() != width {
@@ -541,6 +689,6 @@ impl TrunkState {
             ));
         }
         self.last = (!last.is_empty()).then(|| last.into());
-        Ok(())
+        read(from, &mut self.active)
     }
 }

@@ -159,10 +159,10 @@ impl Memory for Window {
         &mut self.store
     }
 
-    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> usize {
+    fn commit(&mut self, _: &dyn Ops, plan: &Plan, _: &[u32], _: Option<&[f32]>) -> Result<usize> {
         self.span.advance(&mut self.store, plan);
         self.store.release_raw(self.span.first_seen(), |_| true);
-        plan.n_tokens
+        Ok(plan.n_tokens)
     }
 
     fn truncate(&mut self, _: &dyn Ops, _: &[u32], n: usize) -> usize {

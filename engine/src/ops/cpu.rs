@@ -3,7 +3,7 @@
 //! [`Cpu`]'s own methods take slices: the small parts of memories that always run on the host call
 //! those. As [`Ops`] the same verbs take buffers.
 
-use super::{Buffer, Device, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule};
+use super::{Buffer, Device, Fold, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, best_of};
 use crate::error::{Error, Result};
 use crate::gguf::{GgmlType, Gguf, TensorInfo};
 use crate::memory::store::{Region, Store};
@@ -325,12 +325,6 @@ impl Cpu {
         swiglu::swiglu(&self.pool, gate, up, out);
     }
 
-    /// `x *= silu(gate)`.
-    pub fn swiglu_gate(&self, x: &mut [f32], gate: &[f32]) {
-        let up = x.to_vec();
-        swiglu::swiglu(&self.pool, gate, &up, x);
-    }
-
     /// `x += y`.
     pub fn add(&self, x: &mut [f32], y: &[f32]) {
         add::add(&self.pool, x, y);
@@ -353,7 +347,7 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 }
 
 /// `ln(1 + e^x)`; the identity above 20, where the difference is below F32 rounding.
-pub(crate) fn softplus(x: f32) -> f32 {
+fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
@@ -456,6 +450,22 @@ impl Ops for Cpu {
             x.host_mut().copy_within(from, to * width);
         }
         x.set_len(rows.out.len() * width);
+    }
+
+    fn best(
+        &self,
+        x: &Buffer,
+        rows: &[usize],
+        n_cols: usize,
+        k: usize,
+    ) -> Result<Vec<Vec<(u32, f32)>>> {
+        let x = x.host();
+        let best = rows.iter().map(|&row| {
+            let mut best = Vec::new();
+            best_of(&x[row * n_cols..(row + 1) * n_cols], k, &mut best);
+            best
+        });
+        Ok(best.collect())
     }
 
     fn write_cells(
@@ -588,6 +598,61 @@ impl Ops for Cpu {
                 out: step.out.host_mut(),
             }],
         );
+    }
+
+    fn fold(&self, step: Fold<'_>) {
+        let state = step.next.host_mut();
+        state.copy_from_slice(step.state.host());
+        let c = step.n_head * step.head_dim;
+        let third = |i: usize| -> Vec<f32> {
+            let rows = step.qkv.host().chunks_exact(3 * c);
+            rows.flat_map(|row| &row[i * c..(i + 1) * c])
+                .copied()
+                .collect()
+        };
+        let (q, k, v) = (third(0), third(1), third(2));
+        Cpu::recur(
+            self,
+            Form::Recurrent,
+            &mut [Recur {
+                rule: Rule::GatedDelta,
+                n_tokens: q.len() / c,
+                n_head: step.n_head,
+                n_head_k: step.n_head,
+                head_dim_k: step.head_dim,
+                head_dim_v: step.head_dim,
+                q: Numbers::F32(&q),
+                k: Numbers::F32(&k),
+                v: Numbers::F32(&v),
+                g: Numbers::F32(step.g.host()),
+                beta: Numbers::F32(step.beta.host()),
+                resets: step.resets,
+                state,
+                out: step.out.host_mut(),
+            }],
+        );
+    }
+
+    fn conv_silu(
+        &self,
+        x: &Buffer,
+        taps: &Buffer,
+        past: &Buffer,
+        next: &mut Buffer,
+        out: &mut Buffer,
+    ) {
+        let w = taps.len() / 4;
+        let mut inputs = past.host().to_vec();
+        inputs.extend_from_slice(x.host());
+        let rows = out.host_mut().chunks_exact_mut(w).enumerate();
+        for (t, out) in rows {
+            let taps = taps.host().as_chunks::<4>().0;
+            for (c, (out, taps)) in out.iter_mut().zip(taps).enumerate() {
+                let sum: f32 = (0..4).map(|i| taps[i] * inputs[(t + i) * w + c]).sum();
+                *out = sum * sigmoid(sum);
+            }
+        }
+        next.host_mut().copy_from_slice(&inputs[x.len()..]);
     }
 
     fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize) {

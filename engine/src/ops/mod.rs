@@ -4,6 +4,7 @@
 //! where the verbs run. [`Cpu`] is the implementation on the host; it is also where
 //! `mneme_kernels` and `ggml_sys` meet. `Cuda`, with the feature `cuda`, is the one on NVIDIA cards.
 
+mod best;
 mod choice;
 mod cpu;
 #[cfg(feature = "on-card")]
@@ -11,9 +12,10 @@ mod cuda;
 mod device;
 mod rows;
 
+pub use best::{MOST_BEST, best_of};
 pub use choice::{DeviceChoice, open};
+pub(crate) use cpu::sigmoid;
 pub use cpu::{Cpu, Matrix, Table, copied_bytes};
-pub(crate) use cpu::{sigmoid, softplus};
 #[cfg(feature = "on-card")]
 pub use cuda::Cuda;
 pub use device::{Buffer, Device, Page, live_page_bytes};
@@ -54,6 +56,29 @@ pub struct Recurrence<'a> {
     /// State after the last token.
     pub next: &'a mut Buffer,
     /// What was read `[rows, n_head, head_dim]`.
+    pub out: &'a mut Buffer,
+}
+
+/// Tokens of one sequence folded one after the other into a recurrent memory by the gated delta
+/// rule: however they are cut into calls, the bits are the same.
+pub struct Fold<'a> {
+    /// Heads, and states.
+    pub n_head: usize,
+    /// Dimensions of a query, a key and a value.
+    pub head_dim: usize,
+    /// Queries, keys and values, not yet normalised `[n, 3, n_head, head_dim]`.
+    pub qkv: &'a Buffer,
+    /// Write strengths `[n, n_head]`.
+    pub beta: &'a Buffer,
+    /// Log decays `[n, n_head]`.
+    pub g: &'a Buffer,
+    /// Tokens before which the state starts anew from zero, ascending.
+    pub resets: &'a [usize],
+    /// State before the first token `[n_head, head_dim, head_dim]`.
+    pub state: &'a Buffer,
+    /// State after the last token.
+    pub next: &'a mut Buffer,
+    /// What was read `[n, n_head, head_dim]`.
     pub out: &'a mut Buffer,
 }
 
@@ -134,6 +159,17 @@ pub trait Ops: Send + Sync {
     /// Keeps the rows of `x` `[n, width]` whose logits are wanted.
     fn keep_rows(&self, x: &mut Buffer, width: usize, rows: &Rows);
 
+    /// The `k` largest numbers of some `rows` of `x` `[n, n_cols]`, ascending, with their places:
+    /// largest first, of equals the lowest place. NaN and minus infinity do not count, so a row may
+    /// have fewer. `k` is in `1..=`[`MOST_BEST`]; waits for the device.
+    fn best(
+        &self,
+        x: &Buffer,
+        rows: &[usize],
+        n_cols: usize,
+        k: usize,
+    ) -> Result<Vec<Vec<(u32, f32)>>>;
+
     /// Writes keys and values `[n, n_head_kv, head_dim]` of one layer to the cells of `rows`, whose
     /// sequences' cells are `stores`.
     fn write_cells(
@@ -192,6 +228,21 @@ pub trait Ops: Send + Sync {
 
     /// The gated delta rule and its relatives.
     fn recur(&self, step: Recurrence<'_>);
+
+    /// The recurrence of the compressor of `nodes`.
+    fn fold(&self, step: Fold<'_>);
+
+    /// `silu` of the causal convolution of each of the `w` channels of `x` `[n, w]` over its last
+    /// four inputs, with `taps` `[w, 4]`, the current input's last. `past` `[3, w]` are the inputs
+    /// before `x`; `next` becomes the last three.
+    fn conv_silu(
+        &self,
+        x: &Buffer,
+        taps: &Buffer,
+        past: &Buffer,
+        next: &mut Buffer,
+        out: &mut Buffer,
+    );
 
     /// `x[t, h] *= silu(gate[t, h])` for every head of `head_dim` values.
     fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize);

@@ -1,6 +1,7 @@
 //! The tokens still in play, and the steps that cut them down.
 
 use super::rng::Rng;
+use crate::ops::best_of;
 
 /// A token in play.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,6 +20,8 @@ pub(super) struct Candidates {
     pub items: Vec<Candidate>,
     /// Descending by logit.
     pub sorted: bool,
+    /// What [`Candidates::fill_top_k`] finds.
+    best: Vec<(u32, f32)>,
 }
 
 /// Likeliest first; the smaller id on a tie.
@@ -38,21 +41,18 @@ impl Candidates {
 
     /// The `k` likeliest tokens straight from the logits, without listing all.
     pub fn fill_top_k(&mut self, logits: &[f32], k: usize) {
+        let mut best = std::mem::take(&mut self.best);
+        best_of(logits, k, &mut best);
+        self.fill_best(&best, k);
+        self.best = best;
+    }
+
+    /// The first `k` of the likeliest tokens with their logits, likeliest first.
+    pub fn fill_best(&mut self, best: &[(u32, f32)], k: usize) {
         self.items.clear();
-        let room = 4 * k + 64;
-        let mut least = f32::NEG_INFINITY; // only greater ones can still be among the k
-        for (&logit, id) in logits.iter().zip(0u32..) {
-            if logit > least {
-                self.items.push(Candidate { id, logit, p: 0.0 });
-                if self.items.len() >= room {
-                    self.items.select_nth_unstable_by(k - 1, by_logit);
-                    self.items.truncate(k);
-                    least = self.items[k - 1].logit;
-                }
-            }
-        }
-        self.items.sort_unstable_by(by_logit);
-        self.items.truncate(k);
+        let best = best.iter().take(k);
+        let items = best.map(|&(id, logit)| Candidate { id, logit, p: 0.0 });
+        self.items.extend(items);
         self.sorted = true;
     }
 

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 
 use ahash::AHashMap;
 
+use crate::ops::MOST_BEST;
 use crate::tokenizer::Tokenizer;
 
 pub use candidates::Candidate;
@@ -143,10 +144,48 @@ impl Sampler {
             }
         }
         self.chosen = match self.params.mirostat {
-            0 => self.chain(&mut work),
+            0 => self.chain(&mut work, false),
             version => self.mirostat(&work, version),
         };
         self.work = work;
+        self.candidates.items.get(self.chosen).map_or(0, |c| c.id)
+    }
+
+    /// How many of the likeliest tokens are enough for [`Sampler::sample_best`] to choose as
+    /// [`Sampler::sample`] would; `None` where the choice depends on all logits, or on more than
+    /// [`MOST_BEST`].
+    pub fn n_best(&self) -> Option<usize> {
+        let p = &self.params;
+        if p.mirostat != 0 || !self.bias.is_empty() {
+            return None;
+        }
+        let mut n = None;
+        // Whether a step before depends on all logits, and at least keeps the likeliest token.
+        let mut is_cut = false;
+        for &kind in p.samplers.iter().filter(|kind| self.has_effect(**kind)) {
+            match kind {
+                SamplerKind::Penalties | SamplerKind::Dry => return None,
+                _ if n.is_some() => {}
+                SamplerKind::TopK if !is_cut => n = Some(p.top_k as usize),
+                SamplerKind::TopK | SamplerKind::TopP | SamplerKind::MinP => is_cut = true,
+                SamplerKind::Temperature if p.temperature <= 0.0 && p.dynatemp_range <= 0.0 => {
+                    n = Some(1);
+                }
+                _ => return None,
+            }
+        }
+        n.filter(|n| *n <= MOST_BEST)
+    }
+
+    /// As [`Sampler::sample`], given the [`Sampler::n_best`] likeliest tokens or more with their
+    /// logits: likeliest first, of equals the lower id. Fewer say that no others are possible.
+    ///
+    /// # Panics
+    /// When the choice depends on all logits.
+    pub fn sample_best(&mut self, best: &[(u32, f32)]) -> u32 {
+        let n = self.n_best().expect("the likeliest tokens are enough");
+        self.candidates.fill_best(best, n);
+        self.chosen = self.chain(&mut [], true);
         self.candidates.items.get(self.chosen).map_or(0, |c| c.id)
     }
 
@@ -155,12 +194,13 @@ impl Sampler {
         &self.candidates.items
     }
 
-    /// Runs the steps and draws; the index of the chosen candidate.
-    fn chain(&mut self, work: &mut [f32]) -> usize {
+    /// Runs the steps and draws; the index of the chosen candidate. `listed` says that the
+    /// candidates are there already.
+    fn chain(&mut self, work: &mut [f32], mut listed: bool) -> usize {
         let kinds = std::mem::take(&mut self.params.samplers);
-        let mut listed = false;
         for &kind in &kinds {
             match kind {
+                kind if !self.has_effect(kind) => {}
                 SamplerKind::Penalties | SamplerKind::Dry if !listed => self.change(kind, work),
                 // A step on logits after the list was made: change the logits of the listed tokens.
                 SamplerKind::Penalties | SamplerKind::Dry => {
@@ -175,11 +215,10 @@ impl Sampler {
                     }
                     self.candidates.sorted = false;
                 }
-                SamplerKind::TopK if !listed && self.params.top_k > 0 => {
+                SamplerKind::TopK if !listed => {
                     self.candidates.fill_top_k(work, self.params.top_k as usize);
                     listed = true;
                 }
-                kind if !self.has_effect(kind) => {}
                 kind => {
                     if !listed {
                         self.candidates.fill(work);
@@ -202,9 +241,6 @@ impl Sampler {
             if let Some(dry) = &mut self.dry {
                 dry.apply(&self.history, work);
             }
-            return;
-        }
-        if !has_penalties(&self.params) {
             return;
         }
         let p = &self.params;
@@ -231,7 +267,8 @@ impl Sampler {
             SamplerKind::MinP => p.min_p > 0.0,
             SamplerKind::Xtc => p.xtc_probability > 0.0,
             SamplerKind::Temperature => true,
-            SamplerKind::Penalties | SamplerKind::Dry => true,
+            SamplerKind::Penalties => has_penalties(p),
+            SamplerKind::Dry => self.dry.is_some(),
             SamplerKind::Infill | SamplerKind::AdaptiveP => false,
         }
     }

@@ -21,7 +21,7 @@ pub use job::{
 };
 pub use text::Answer;
 
-use crate::engine::{Engine, Sequence, SequenceOptions};
+use crate::engine::{Engine, Output, Sequence, SequenceOptions};
 use crate::error::Result;
 use crate::memory::spec::MemorySpec;
 use crate::memory::{NodeInfo, Stats};
@@ -236,7 +236,7 @@ impl Handle {
 /// A request that waits, perhaps with its prompt already read.
 struct Waiting {
     job: Job,
-    head: Option<(Sequence, Vec<f32>)>,
+    head: Option<(Sequence, Output)>,
 }
 
 /// The engine, its slots and the requests that wait for one.

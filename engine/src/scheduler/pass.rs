@@ -4,7 +4,7 @@ use super::cache::MIN_KEPT;
 use super::job::{Event, Failure, Job, Stop};
 use super::slot::{Next, Task};
 use super::{Scheduler, Waiting};
-use crate::engine::{Feed, Sequence};
+use crate::engine::{Feed, Output, Sequence};
 use crate::error::{Error, FeedError, Result};
 use crate::sampler::Sampler;
 use std::sync::atomic::Ordering;
@@ -25,8 +25,9 @@ const MARK_EVERY: usize = 2048;
 /// is another such word where the scheduler is made.
 const TAG_IDLE: &str = "__TEST_TAG_CACHE_IDLE_SLOT__";
 
-/// What each slot that was fed got: logits, or hidden states for an embedding.
-type Outputs = Vec<(usize, Result<Vec<f32>>)>;
+/// What each slot that was fed got: logits or the likeliest tokens, or hidden states for an
+/// embedding.
+type Outputs = Vec<(usize, Result<Output>)>;
 
 impl Scheduler {
     /// Gives idle slots to waiting requests, oldest first. A request that wants a certain slot
@@ -83,11 +84,11 @@ impl Scheduler {
             Ok(sampler) => sampler,
             Err(e) => return job.refuse(Failure::Invalid(e.to_string())),
         };
-        let (held, logits, marks) = match head {
-            Some((seq, logits)) => {
+        let (held, output, marks) = match head {
+            Some((seq, output)) => {
                 let before = std::mem::replace(&mut self.slots[id].seq, seq);
                 self.cache.keep(before);
-                (n_prompt, Some(logits), Vec::new())
+                (n_prompt, Some(output), Vec::new())
             }
             None => match self.prepare(id, &job, &spec) {
                 Ok((held, marks)) => (held, None, marks),
@@ -107,8 +108,8 @@ impl Scheduler {
             task.tell(Event::Progress(head));
         }
         slot.task = Some(task);
-        if let Some(logits) = logits {
-            self.answer(id, logits);
+        if let Some(output) = output {
+            self.answer(id, output);
         }
     }
 
@@ -349,13 +350,13 @@ impl Scheduler {
     }
 
     /// What a pass means for one slot.
-    fn after(&mut self, id: usize, share: usize, result: Result<Vec<f32>>) {
+    fn after(&mut self, id: usize, share: usize, result: Result<Output>) {
         let slot = &mut self.slots[id];
         let Some(task) = &mut slot.task else {
             return;
         };
         match result {
-            Ok(logits) => {
+            Ok(output) => {
                 task.fed += share;
                 if task.marks.last() == Some(&slot.seq.n_past()) {
                     task.marks.pop();
@@ -370,12 +371,12 @@ impl Scheduler {
                 }
                 self.totals.n_tokens_max = self.totals.n_tokens_max.max(slot.seq.n_past());
                 if let Some(pooler) = &mut task.pooler {
-                    pooler.push(&logits);
+                    pooler.push(&output.rows());
                     if task.n_left() == 0 {
                         self.finish_embedding(id);
                     }
                 } else if task.n_left() == 0 {
-                    self.answer(id, logits);
+                    self.answer(id, output);
                 }
             }
             Err(Error::ContextFull { .. }) if !task.is_reading() => {
@@ -390,8 +391,8 @@ impl Scheduler {
         }
     }
 
-    /// Takes the next token of slot `id` from its logits.
-    fn answer(&mut self, id: usize, mut logits: Vec<f32>) {
+    /// Takes the next token of slot `id` from what came of the tokens before.
+    fn answer(&mut self, id: usize, mut output: Output) {
         let slot = &mut self.slots[id];
         let Some(task) = &mut slot.task else {
             return;
@@ -402,12 +403,12 @@ impl Scheduler {
                 self.waiting.fetch_add(child.weight(), Ordering::AcqRel);
                 self.queue.push_front(Waiting {
                     job: child,
-                    head: Some((slot.seq.fork(), logits.clone())),
+                    head: Some((slot.seq.fork(), output.clone())),
                 });
             }
         }
         let forced = slot.seq.forced_next();
-        match task.choose(&self.engine.model, &mut logits, forced) {
+        match task.choose(&self.engine.model, &mut output, forced) {
             Next::Done(stop) => self.finish(id, stop),
             Next::Feed => self.make_room(id),
             Next::Broken(what) => self.fail(id, Failure::Engine(what)),

@@ -4,7 +4,7 @@ use super::job::{Embedded, Event, Failure, Finished, Head, Job, Piece, Stop, Tim
 use super::text::Answer;
 use super::{SlotView, TaskView, probs};
 use crate::embed::Pooler;
-use crate::engine::{Model, Sequence, Want};
+use crate::engine::{Model, Output, Sequence, Want};
 use crate::error::Result;
 use crate::grammar::Grammar;
 use crate::sampler::Sampler;
@@ -141,9 +141,18 @@ impl Task {
         let last = share == self.n_left();
         match &self.pooler {
             Some(pooler) if last || pooler.pooling().needs_all() => Want::Hidden,
-            None if last => Want::Last,
+            None if last => self.n_best().map_or(Want::Last, Want::Best),
             _ => Want::None,
         }
+    }
+
+    /// How many of the likeliest tokens are enough to choose from; `None` where all logits are
+    /// looked at: by the grammar, for probabilities, by requests that go on from the same prompt in
+    /// their own way, or by the sampler.
+    fn n_best(&self) -> Option<usize> {
+        let whole =
+            self.grammar.is_some() || self.job.params.n_probs > 0 || !self.job.children.is_empty();
+        self.sampler.n_best().filter(|_| !whole)
     }
 
     /// Whether the prompt is still being read.
@@ -172,16 +181,20 @@ impl Task {
         self.job.refuse(failure);
     }
 
-    /// Chooses the next token from `logits` (changed in place) and takes it into the answer.
+    /// Chooses the next token from `output` (changed in place) and takes it into the answer.
     /// `forced` comes whatever the logits say. What may be shown is told.
-    pub fn choose(&mut self, model: &Model, logits: &mut [f32], forced: Option<u32>) -> Next {
+    pub fn choose(&mut self, model: &Model, output: &mut Output, forced: Option<u32>) -> Next {
         let now = Instant::now();
         let n_probs = self.job.params.n_probs;
         let post = self.job.params.post_sampling_probs;
-        let raw = (n_probs > 0 && !post).then(|| logits.to_vec());
-        let id = match forced {
-            Some(id) => id,
-            None => {
+        let raw = match output {
+            Output::Rows(logits) if n_probs > 0 && !post => Some(logits.clone()),
+            _ => None,
+        };
+        let id = match (forced, output) {
+            (Some(id), _) => id,
+            (None, Output::Best(best)) => self.sampler.sample_best(best),
+            (None, Output::Rows(logits)) => {
                 if let Some(grammar) = &mut self.grammar {
                     if grammar.is_stopped() {
                         // Nothing may follow any more: the answer is complete.

@@ -1,7 +1,6 @@
 // All kernels in one translation unit, so that every one registers itself.
 
 #include "../add.cu"
-#include "../argmax.cu"
 #include "../attend.cu"
 #include "../cells.cu"
 #include "../gates.cu"
@@ -14,4 +13,5 @@
 #include "../rms_norm.cu"
 #include "../rope.cu"
 #include "../swiglu.cu"
+#include "../top_k.cu"
 #include "host.cpp"

@@ -21,7 +21,7 @@ macro_rules! images {
         )),*]
     };
 }
-static IMAGES: &[(&str, &Aligned<[u8]>)] = images!("add" "argmax" "attend" "cells" "gates" "get_rows" "mul_mat" "peak" "rank" "recur" "recur_chunk" "rms_norm" "rope" "swiglu");
+static IMAGES: &[(&str, &Aligned<[u8]>)] = images!("add" "attend" "cells" "gates" "get_rows" "mul_mat" "peak" "rank" "recur" "recur_chunk" "rms_norm" "rope" "swiglu" "top_k");
 
 /// More dynamic shared memory than this must be asked for, function by function.
 const SHARED_BYTES: u32 = 48 * 1024;

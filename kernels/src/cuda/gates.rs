@@ -19,6 +19,7 @@ struct ConvArgs {
     x: u64,
     taps: u64,
     past: u64,
+    next: u64,
     out: u64,
     n: i32,
     w: i32,
@@ -45,6 +46,8 @@ struct ProjectHeadsArgs {
 }
 
 const THREADS: usize = 256;
+/// Tokens that a thread of the convolution walks.
+const CONV_TOKENS: usize = 16;
 
 /// One thread for each of `n` numbers.
 fn each(n: usize) -> Shape {
@@ -100,7 +103,7 @@ pub fn decay(
 
 /// `out = silu(conv(x))`: the causal convolution of each of `w` channels over its last four
 /// inputs. `x` and `out` are `[n, w]`, `taps` is `[w, 4]` with the current input last, `past`
-/// `[3, w]` holds the inputs before `x` and afterwards the last three.
+/// `[3, w]` holds the inputs before `x`; `next` `[3, w]` becomes the last three.
 ///
 /// # Errors
 /// If the driver refuses.
@@ -111,28 +114,42 @@ pub fn conv_silu(
     dev: &Device,
     x: View<'_, f32>,
     taps: View<'_, f32>,
-    past: ViewMut<'_, f32>,
+    past: View<'_, f32>,
+    next: ViewMut<'_, f32>,
     out: ViewMut<'_, f32>,
 ) -> Result<(), Error> {
     let w = taps.len() / 4;
     assert_eq!(taps.len(), 4 * w, "conv_silu: taps are not [w, 4]");
     assert_eq!(past.len(), 3 * w, "conv_silu: past is not [3, {w}]");
+    assert_eq!(next.len(), 3 * w, "conv_silu: next is not [3, {w}]");
     assert_eq!(x.len(), out.len(), "conv_silu: x and out differ in length");
     assert!(
         w > 0 && x.len().is_multiple_of(w),
         "conv_silu: {} numbers are not rows of {w}",
         x.len()
     );
+    let n = x.len() / w;
+    if n == 0 {
+        return dev.copy(past, next);
+    }
+    let runs = n.div_ceil(CONV_TOKENS);
+    assert!(runs < 1 << 16, "conv_silu: {n} rows");
     let args = ConvArgs {
         x: dev.input(&x),
         taps: dev.input(&taps),
-        past: dev.output(&past),
+        past: dev.input(&past),
+        next: dev.output(&next),
         out: dev.output(&out),
-        n: (x.len() / w) as i32,
+        n: n as i32,
         w: w as i32,
     };
+    let shape = Shape {
+        grid: [w.div_ceil(THREADS) as u32, runs as u32, 1],
+        block: [THREADS as u32, 1, 1],
+        shared_bytes: 0,
+    };
     // SAFETY: the struct is the kernel's, lengths are checked above.
-    unsafe { dev.launch("conv_silu", each(w), &args) }
+    unsafe { dev.launch("conv_silu", shape, &args) }
 }
 
 /// `x[i, :] *= silu(gate[i])` for rows of `d` numbers.

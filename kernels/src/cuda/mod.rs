@@ -15,7 +15,6 @@
 //! the scalar oracle; nothing chooses it at run time.
 
 pub mod add;
-pub mod argmax;
 pub mod attend;
 mod buffer;
 mod device;
@@ -27,6 +26,7 @@ pub mod recur;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
+pub mod top_k;
 
 #[cfg(feature = "cuda-host")]
 #[path = "host.rs"]

@@ -49,7 +49,7 @@ fn sigmoid_and_decay() {
 fn convolution_carries_its_past() {
     let Some(dev) = device() else { return };
     let mut rng = rng(7);
-    for (n, w) in [(1, 5), (2, 64), (9, 300)] {
+    for (n, w) in [(1, 5), (2, 64), (9, 300), (16, 3), (17, 257), (50, 31)] {
         let (x, taps) = (normal(&mut rng, n * w, 1.0), normal(&mut rng, 4 * w, 0.5));
         let past = normal(&mut rng, 3 * w, 1.0);
         let inputs: Vec<f32> = past.iter().chain(&x).copied().collect();
@@ -62,25 +62,47 @@ fn convolution_carries_its_past() {
                 silu(sum) as f32
             })
             .collect();
-        let (taps, x) = (put(dev, &taps), put(dev, &x));
-        let mut out = poisoned(dev, n * w);
-        let mut whole = put(dev, &past);
-        gates::conv_silu(dev, x.all(), taps.all(), whole.all_mut(), out.all_mut()).expect("conv");
+        let (taps, x, past) = (put(dev, &taps), put(dev, &x), put(dev, &past));
+        let (mut out, mut next) = (poisoned(dev, n * w), poisoned(dev, 3 * w));
+        gates::conv_silu(
+            dev,
+            x.all(),
+            taps.all(),
+            past.all(),
+            next.all_mut(),
+            out.all_mut(),
+        )
+        .expect("conv");
         close(&expected, &get(dev, &out), 2e-6, "conv_silu");
-        assert_eq!(get(dev, &whole), inputs[n * w..]);
-        let (mut steps, mut past) = (poisoned(dev, n * w), put(dev, &past));
+        assert_eq!(get(dev, &next), inputs[n * w..]);
+        let (mut steps, mut before) = (poisoned(dev, n * w), past);
         for t in 0..n {
             let row = t * w..(t + 1) * w;
+            let mut next = poisoned(dev, 3 * w);
             gates::conv_silu(
                 dev,
                 x.slice(row.clone()),
                 taps.all(),
-                past.all_mut(),
+                before.all(),
+                next.all_mut(),
                 steps.slice_mut(row),
             )
             .expect("conv");
+            before = next;
         }
         assert_eq!(get(dev, &out), get(dev, &steps));
+        let mut next = poisoned(dev, 3 * w);
+        let (nothing, mut none) = (put::<f32>(dev, &[]), poisoned(dev, 0));
+        gates::conv_silu(
+            dev,
+            nothing.all(),
+            taps.all(),
+            before.all(),
+            next.all_mut(),
+            none.all_mut(),
+        )
+        .expect("no tokens");
+        assert_eq!(get(dev, &next), get(dev, &before));
     }
 }
 

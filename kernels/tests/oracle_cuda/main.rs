@@ -6,7 +6,6 @@
 #![cfg(any(feature = "cuda", feature = "cuda-host"))]
 
 mod add;
-mod argmax;
 mod attend;
 mod device;
 mod gates;
@@ -16,6 +15,7 @@ mod recur;
 mod rms_norm;
 mod rope;
 mod swiglu;
+mod top_k;
 
 use mneme_kernels::cuda::{Buffer, Device, Plain};
 use rand::rngs::StdRng;

@@ -12,7 +12,7 @@ use super::store::{Cell, Rearrangement, Store};
 use super::trunk::{NodeTensors, TrunkState};
 use super::{Context, Entry, Memory, MemorySpec, NodeInfo, Plan, Source, Stats};
 use crate::error::Result;
-use crate::ops::{Cpu, Ops};
+use crate::ops::Ops;
 use crate::session::{Decoder, Encoder};
 use mneme_kernels::attend::Visible;
 use std::io;
@@ -82,7 +82,6 @@ struct State {
     seg_raw: u64,
     seg_sinks: u32,
     trunk: TrunkState,
-    active: Vec<f32>,
     /// `None` at the start and after a cut that is done.
     last: Option<Last>,
     before: Option<u32>,
@@ -125,6 +124,8 @@ struct Nodes {
     /// States to run forward from when tokens are taken back, oldest first; see `rewind`.
     checkpoints: Vec<Arc<State>>,
     next: Option<Next>,
+    /// A state that nobody needs any more: the next pass's is written over it.
+    spare: Option<TrunkState>,
 }
 
 pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>> {
@@ -203,6 +204,7 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
         nodes: Vec::new(),
         checkpoints: Vec::new(),
         next: None,
+        spare: None,
         ctx: ctx.clone(),
         cfg,
     };
@@ -226,7 +228,6 @@ impl State {
             seg_raw: 0,
             seg_sinks: 0,
             trunk: tensors.start(),
-            active: vec![0.0; tensors.active_len()],
             last: None,
             before: None,
             control,
@@ -320,7 +321,8 @@ impl Nodes {
     }
 
     /// A pass that folds the oldest neighbours of the fullest level into one node.
-    fn plan_fold(&mut self, ops: &Cpu) -> Result<Plan> {
+    fn plan_fold(&mut self, ops: &dyn Ops) -> Result<Plan> {
+        let mut spare = self.take_spare();
         let levels = self.nodes.iter().map(|n| n.level).max().unwrap_or(0);
         let count = |level| self.nodes.iter().filter(|n| n.level == level).count();
         let fullest = (0..=levels).rev().max_by_key(|&l| count(l)).unwrap_or(0);
@@ -333,10 +335,13 @@ impl Nodes {
         };
         let children = &self.nodes[first..first + n];
         let tensors = self.tensors();
-        let c = tensors.width;
         let rs: Vec<f32> = children.iter().flat_map(|n| n.r.iter().copied()).collect();
-        let r = tensors.fold(ops, &mut vec![0.0; tensors.active_len()], &rs, n, &[]);
-        let r: Box<[f32]> = r[(n - 1) * c..].into();
+        let (r, embeds) = {
+            let s = &mut *tensors.scratch();
+            let r = tensors.fold_readouts(ops, s, &mut spare, &rs)?;
+            let embeds = tensors.slots(ops, s, &r)?;
+            (r, embeds)
+        };
         let last = &children[n - 1];
         let n_kept = self.store.n_kept();
         let raw_end = self.store.raw_end();
@@ -353,7 +358,7 @@ impl Nodes {
         });
         let plan = Plan {
             entries: entries.collect(),
-            embeds: tensors.slots(ops, &r, 1),
+            embeds,
             ..Plan::default()
         };
         // The new slots lie behind all others and take their children's place.
@@ -385,25 +390,36 @@ impl Nodes {
             n_kept: tensors.n_slots,
             n_raw: 0,
         });
+        self.spare = Some(spare);
         Ok(plan)
     }
 
+    /// A state to be written over.
+    fn take_spare(&mut self) -> TrunkState {
+        let spare = self.spare.take();
+        spare.unwrap_or_else(|| self.tensors().start())
+    }
+
     /// The pass over `tokens`; stops before a token whose arrival closes a segment that overfills
-    /// the nodes.
-    fn plan_tokens(&self, ops: &Cpu, tokens: &[u32], skip: bool) -> (Plan, Next) {
+    /// the nodes. The state of the compressor afterwards is written over `trunk`.
+    fn plan_tokens(
+        &self,
+        ops: &dyn Ops,
+        tokens: &[u32],
+        skip: bool,
+        mut trunk: TrunkState,
+    ) -> Result<(Plan, Next)> {
         let (tensors, cfg) = (self.tensors(), &self.cfg);
         let (c, n_slots) = (tensors.width, tensors.n_slots);
-        let n_embd = self.ctx.weights.hparams.n_embd;
+        let embd = &self.ctx.weights.token_embd;
         let mut state = self.state.clone();
+        let before = &self.state.trunk;
+        let s = &mut *tensors.scratch();
 
-        // The trunk, and with it every probability.
-        let mut x = vec![0.0; tokens.len() * n_embd];
-        ops.get_rows(&self.ctx.weights.token_embd, tokens, &mut x);
-        let (h, p) = tensors.read(ops, &mut state.trunk, &x, tokens.len());
-        let p = match cfg.decider {
-            Decider::Trained => p,
-            _ => Vec::new(), // known when the next token is, or after the pass
-        };
+        // The trunk, and with it every probability. Of other rules than a trained one they are known
+        // when the next token is, or after the pass.
+        let decides = cfg.decider == Decider::Trained;
+        let p = tensors.read(ops, s, before, &mut trunk, embd, tokens, decides)?;
 
         // Which tokens open a segment.
         let mut scan = state.clone();
@@ -440,16 +456,16 @@ impl Nodes {
         let n = stop.unwrap_or(tokens.len());
         if n < tokens.len() {
             // The tokens behind the stop come again: the trunk must not have read them.
-            state.trunk = self.state.trunk.clone();
-            tensors.read(ops, &mut state.trunk, &x[..n * n_embd], n);
+            tensors.read(ops, s, before, &mut trunk, embd, &tokens[..n], false)?;
         }
 
         // The active memory over the tokens taken.
         let resets: Vec<usize> = (0..n).filter(|&i| opens[i] && cfg.reset).collect();
-        let r = tensors.fold(ops, &mut state.active, &h[..n * c], n, &resets);
+        let r = tensors.fold(ops, s, before, &mut trunk, n, &resets)?;
         if stop.is_some() && cfg.reset {
-            state.active.fill(0.0);
+            trunk.set_active(&tensors.start());
         }
+        state.trunk = trunk;
 
         // Rows: slots before each token that opens a segment, then the token.
         let mut plan = Plan {
@@ -541,7 +557,7 @@ impl Nodes {
             let p = p.get(i).copied().unwrap_or(0.0);
             state.take(tokens[i], p, r[i * c..(i + 1) * c].into());
         }
-        plan.embeds = tensors.slots(ops, &rs, new_nodes.len());
+        plan.embeds = tensors.slots(ops, s, &rs)?;
         let next = Next {
             state,
             new_nodes,
@@ -549,7 +565,7 @@ impl Nodes {
             n_kept: kept,
             n_raw: raw,
         };
-        (plan, next)
+        Ok((plan, next))
     }
 
     /// Under the entropy rule: how many of the pass's tokens stand, given their logits `[n,
@@ -609,9 +625,12 @@ impl Memory for Nodes {
     }
 
     fn plan(&mut self, ops: &dyn Ops, tokens: &[u32], wanted: bool) -> Result<Plan> {
-        self.next = None;
+        if let Some(next) = self.next.take() {
+            // A pass that was planned and not run.
+            self.spare.get_or_insert(next.state.trunk);
+        }
         if self.is_full() {
-            return self.plan_fold(ops.host());
+            return self.plan_fold(ops);
         }
         let reads_logits = self.reads_logits();
         let tokens = match reads_logits {
@@ -620,7 +639,8 @@ impl Memory for Nodes {
             false => tokens,
         };
         let skip = self.cfg.sees_nodes && self.cfg.window == 0 && !wanted && !reads_logits;
-        let (plan, next) = self.plan_tokens(ops.host(), tokens, skip);
+        let spare = self.take_spare();
+        let (plan, next) = self.plan_tokens(ops, tokens, skip, spare)?;
         self.ctx.check_room(&self.store, plan.entries.len())?;
         self.next = Some(next);
         Ok(plan)
@@ -653,7 +673,7 @@ impl Memory for Nodes {
         plan: &Plan,
         tokens: &[u32],
         logits: Option<&[f32]>,
-    ) -> usize {
+    ) -> Result<usize> {
         let mut next = self.next.take().expect("commit follows plan");
         let mut n_tokens = plan.n_tokens;
         if let (Decider::Entropy { sigma }, Some(logits), true) =
@@ -664,7 +684,8 @@ impl Memory for Nodes {
             if taken < n_tokens {
                 // Cells past `taken` were written but do not count: plan the prefix again for its
                 // states; its rows are the same rows.
-                next = self.plan_tokens(ops.host(), &tokens[..taken], false).1;
+                let trunk = next.state.trunk;
+                next = self.plan_tokens(ops, &tokens[..taken], false, trunk)?.1;
                 n_tokens = taken;
             }
             next.state.surprisal = state.surprisal;
@@ -681,18 +702,19 @@ impl Memory for Nodes {
                 self.nodes.splice(first..first + n, next.new_nodes);
             }
         }
-        self.state = next.state;
+        let before = std::mem::replace(&mut self.state, next.state);
+        self.spare.get_or_insert(before.trunk);
         let first_seen = self.first_seen();
         self.store.release_raw(first_seen, |_| true);
         self.keep_checkpoint();
-        n_tokens
+        Ok(n_tokens)
     }
 
     fn truncate(&mut self, ops: &dyn Ops, tokens: &[u32], n: usize) -> usize {
         if n >= self.state.n_tokens {
             return self.state.n_tokens;
         }
-        if let Some(held) = self.rewind(ops.host(), tokens, n) {
+        if let Some(held) = self.rewind(ops, tokens, n) {
             return held;
         }
         self.state = State::start(
@@ -714,6 +736,7 @@ impl Memory for Nodes {
             nodes: self.nodes.clone(),
             checkpoints: self.checkpoints.clone(),
             next: None,
+            spare: None,
         })
     }
 
@@ -729,8 +752,7 @@ impl Memory for Nodes {
 
     fn restore(&mut self, from: &mut Decoder<'_>) -> io::Result<()> {
         let width = self.tensors().width;
-        self.state
-            .restore(from, width, self.ctx.weights.hparams.n_vocab)?;
+        self.state.restore(from, &self.ctx, width)?;
         let n = from.u64()?;
         if n > self.ctx.n_ctx as u64 {
             return Err(io::Error::other(format!(
@@ -766,7 +788,7 @@ impl Memory for Nodes {
         let n_cells = self.store.n_cells();
         let width = self.tensors().width * size_of::<f32>();
         let state_bytes = s.trunk.bytes()
-            + (s.active.len() + s.logits.len()) * size_of::<f32>()
+            + (s.trunk.active_len() + s.logits.len()) * size_of::<f32>()
             + self.nodes.len() * (size_of::<Node>() + width)
             + self.checkpoints.len() * self.checkpoint_bytes();
         let held_raw = (self.store.raw_end() - self.first_seen()) as usize;

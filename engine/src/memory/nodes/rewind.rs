@@ -6,8 +6,9 @@
 //! model is the rest of one segment.
 
 use super::{Controller, Nodes, State};
+use crate::error::Result;
 use crate::memory::Memory;
-use crate::ops::Cpu;
+use crate::ops::Ops;
 use crate::session::{Decoder, Encoder};
 use std::io;
 use std::sync::Arc;
@@ -53,15 +54,16 @@ impl Nodes {
                 nth % 2 == 0
             });
         }
+        let mut state = self.state.clone();
         // The active memory is empty at every cut: it need not be kept.
-        let active = std::mem::take(&mut self.state.active);
-        self.checkpoints.push(Arc::new(self.state.clone()));
-        self.state.active = active;
+        state.trunk = state.trunk.without_active();
+        self.checkpoints.push(Arc::new(state));
     }
 
     /// Goes back to the last cut that at least one of the first `n` of `tokens` follows; returns how
-    /// many tokens that is. `None` where the way back is not known; then nothing has changed.
-    pub(super) fn rewind(&mut self, ops: &Cpu, tokens: &[u32], n: usize) -> Option<usize> {
+    /// many tokens that is. `None` where the way back is not known, or the device fails; then nothing
+    /// has changed.
+    pub(super) fn rewind(&mut self, ops: &dyn Ops, tokens: &[u32], n: usize) -> Option<usize> {
         let n_nodes = self.nodes.partition_point(|node| node.end < n);
         if !self.can_rewind() || n_nodes == 0 {
             return None;
@@ -75,8 +77,12 @@ impl Nodes {
                 self.state.control.map(|c| Controller::new(c.target)),
             ),
         };
-        self.run_forward(ops, &mut state, tokens.get(..held)?, n_nodes);
-        state.active = vec![0.0; self.tensors().active_len()];
+        let run = self.run_forward(ops, &mut state, tokens.get(..held)?, n_nodes);
+        if let Err(e) = run {
+            tracing::warn!("the state of {held} tokens is not had again: {e}");
+            return None;
+        }
+        state.trunk.set_active(&self.tensors().start());
         self.nodes.truncate(n_nodes);
         let slots: usize = self.nodes.iter().map(|node| node.n_cells).sum();
         let n_kept = state.n_entries.min(self.cfg.sinks) + slots;
@@ -90,12 +96,18 @@ impl Nodes {
     }
 
     /// Moves `state` to the end of `tokens`, where the last of the first `n_nodes` nodes was cut off.
-    fn run_forward(&self, ops: &Cpu, state: &mut State, tokens: &[u32], n_nodes: usize) {
-        let (tensors, n_embd) = (self.tensors(), self.ctx.weights.hparams.n_embd);
+    fn run_forward(
+        &self,
+        ops: &dyn Ops,
+        state: &mut State,
+        tokens: &[u32],
+        n_nodes: usize,
+    ) -> Result<()> {
+        let (tensors, embd) = (self.tensors(), &self.ctx.weights.token_embd);
+        let (s, mut next) = (&mut *tensors.scratch(), tensors.start());
         for part in tokens[state.n_tokens..].chunks(STRIDE) {
-            let mut x = vec![0.0; part.len() * n_embd];
-            ops.get_rows(&self.ctx.weights.token_embd, part, &mut x);
-            tensors.read(ops, &mut state.trunk, &x, part.len());
+            tensors.read(ops, s, &state.trunk, &mut next, embd, part, false)?;
+            std::mem::swap(&mut state.trunk, &mut next);
         }
         let mut cuts = self.nodes[..n_nodes].iter().map(|node| node.end);
         let mut next_cut = cuts
@@ -115,6 +127,7 @@ impl Nodes {
             state.close(tensors.n_slots, state.seg_raw + n_raw as u64);
             next_cut = cuts.next();
         }
+        Ok(())
     }
 
     pub(super) fn save_checkpoints(&self, out: &mut Encoder<'_>) -> io::Result<()> {
@@ -123,13 +136,13 @@ impl Nodes {
     }
 
     pub(super) fn restore_checkpoints(&mut self, from: &mut Decoder<'_>) -> io::Result<()> {
-        let (width, n_vocab) = (self.tensors().width, self.ctx.weights.hparams.n_vocab);
+        let width = self.tensors().width;
         self.checkpoints.clear();
         let mut before = 0;
         for _ in 0..from.u64()? {
             let mut state = State::start(self.tensors(), None);
-            state.active = Vec::new();
-            state.restore(from, width, n_vocab)?;
+            state.trunk = state.trunk.without_active();
+            state.restore(from, &self.ctx, width)?;
             let now = &self.state;
             let in_order = (before..=now.n_tokens).contains(&state.n_tokens)
                 && state.n_entries <= now.n_entries

@@ -1,6 +1,6 @@
 //! Nodes and the state between two tokens, as session files hold them.
 
-use super::{Controller, Last, Node, State};
+use super::{Context, Controller, Last, Node, State};
 use crate::session::{Decoder, Encoder};
 use std::io;
 
@@ -58,7 +58,6 @@ impl State {
             out.u64(x.to_bits())?;
         }
         self.trunk.save(out)?;
-        out.f32s(&self.active)?;
         out.u32(self.before.map_or(0, |b| b + 1))?;
         match &self.last {
             None => out.u32(0)?,
@@ -85,8 +84,8 @@ impl State {
     pub(super) fn restore(
         &mut self,
         from: &mut Decoder<'_>,
+        ctx: &Context,
         width: usize,
-        n_vocab: usize,
     ) -> io::Result<()> {
         self.n_tokens = from.u64()? as usize;
         self.n_entries = from.u64()? as usize;
@@ -100,8 +99,9 @@ impl State {
         self.seg_sinks = from.u32()?;
         self.seg_sum = f64::from_bits(from.u64()?);
         self.seg_squares = f64::from_bits(from.u64()?);
-        self.trunk.restore(from, width)?;
-        from.f32s_into(&mut self.active)?;
+        let w = &ctx.weights;
+        let n_vocab = w.hparams.n_vocab;
+        self.trunk.restore(from, width, &w.device)?;
         let token = |n: u32| -> io::Result<Option<u32>> {
             match n {
                 0 => Ok(None),

@@ -1,7 +1,7 @@
 //! The verbs on an NVIDIA card, by the kernels of `mneme_kernels::cuda`.
 //!
-//! Weights, activations, cells and recurrent states live on the card; plans, page tables and the
-//! compressor of `nodes` stay with the host. Before the layers of a pass run, what its rows have of
+//! Weights, activations, cells and recurrent states live on the card; plans and page tables stay
+//! with the host. Before the layers of a pass run, what its rows have of
 //! their own is sent in one go, so passes of one shape differ in nothing that a launch carries:
 //! short ones are recorded the second time they come and replayed from then on.
 
@@ -14,7 +14,7 @@ pub use rows::CardRows;
 
 use super::cpu::weight_type;
 use super::{
-    Buffer, Cpu, Device, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, Table,
+    Buffer, Cpu, Device, Fold, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, Table,
 };
 use crate::error::{Error, Result};
 use crate::memory::store::Store;
@@ -23,7 +23,7 @@ use card::lock;
 use graphs::{Graphs, Key, Known};
 use mneme_kernels::attend::{PAGE_CELLS, PageLayout};
 use mneme_kernels::cuda::mul_mat::Packed;
-use mneme_kernels::cuda::{self, ViewMut, attend, gates, recur};
+use mneme_kernels::cuda::{self, ViewMut, attend, gates, recur, top_k};
 use mneme_kernels::mul_mat::WeightType;
 use mneme_kernels::recur::Form;
 use rows::Arena;
@@ -48,6 +48,10 @@ pub struct Cuda {
     graphs: Mutex<Graphs>,
     /// Where rows that go on are gathered.
     gathered: Mutex<CardBuffer>,
+    /// Where the likeliest tokens of rows are put.
+    best: Mutex<Option<cuda::Buffer<u32>>>,
+    /// Before which tokens a recurrence starts anew.
+    resets: Mutex<Option<cuda::Buffer<u32>>>,
     ones: CardBuffer,
     /// What went wrong first since it was last asked for.
     failed: Mutex<Option<cuda::Error>>,
@@ -68,6 +72,8 @@ impl Cuda {
             arena: Mutex::default(),
             graphs: Mutex::default(),
             gathered: Mutex::new(card.buffer(1)?),
+            best: Mutex::default(),
+            resets: Mutex::default(),
             ones,
             failed: Mutex::default(),
             card,
@@ -91,6 +97,46 @@ impl Cuda {
             .map_err(|e| self.card.error("running a pass", e))
     }
 
+    fn try_fold(&self, step: Fold<'_>) -> Done {
+        let dev = &self.card.dev;
+        let (n, c) = (step.beta.len() / step.n_head, step.n_head * step.head_dim);
+        let mut place = lock(&self.resets);
+        let resets = match step.resets {
+            [] => None,
+            resets => {
+                let mut flags = vec![0; n];
+                resets.iter().for_each(|&token| flags[token] = 1);
+                let place = room(dev, &mut place, n)?;
+                dev.write(place.slice_mut(0..n), &flags)?;
+                Some(place.slice(0..n))
+            }
+        };
+        let next = step.next.card_mut();
+        dev.copy(step.state.card().view(), next.view_mut())?;
+        let qkv = step.qkv.card().view();
+        let numbers = |i: usize| qkv.slice(i * c..qkv.len() - (2 - i) * c);
+        let seq = recur::Recur {
+            rule: Rule::GatedDelta,
+            n_tokens: n,
+            n_head: step.n_head,
+            n_head_k: step.n_head,
+            head_dim_k: step.head_dim,
+            head_dim_v: step.head_dim,
+            q: numbers(0),
+            k: numbers(1),
+            v: numbers(2),
+            q_stride: 3 * c,
+            k_stride: 3 * c,
+            v_stride: 3 * c,
+            g: Some(step.g.card().view()),
+            beta: step.beta.card().view(),
+            resets,
+            state: next.view_mut(),
+            out: step.out.card_mut().view_mut(),
+        };
+        recur::recur(dev, Form::Recurrent, &mut [seq])
+    }
+
     /// What a recording of `pass` would hold beside the rows; `None` when it is not worth one.
     fn key(&self, pass: &Pass<'_>) -> Option<Key> {
         let (rows, at) = (&pass.rows, pass.rows.card()?);
@@ -112,6 +158,18 @@ impl Cuda {
         key.extend(pass.buffers().iter().map(|buffer| buffer.card().id));
         Some(key)
     }
+}
+
+/// Room for at least `n` words, kept between calls.
+fn room<'a>(
+    dev: &cuda::Device,
+    place: &'a mut Option<cuda::Buffer<u32>>,
+    n: usize,
+) -> std::result::Result<&'a mut cuda::Buffer<u32>, cuda::Error> {
+    if place.as_ref().is_none_or(|place| place.len() < n) {
+        *place = Some(dev.alloc(n.next_power_of_two())?);
+    }
+    Ok(place.as_mut().expect("made above"))
 }
 
 /// Row-major GGUF bytes of `table` in a type the kernels have, in F16 where they have not.
@@ -190,6 +248,8 @@ impl Ops for Cuda {
     }
 
     fn run(&self, pass: &mut Pass<'_>, forward: Forward) -> Result<()> {
+        // What failed while the pass was planned.
+        self.check()?;
         let Some(key) = self.key(pass) else {
             forward(pass);
             return self.check();
@@ -315,6 +375,35 @@ impl Ops for Cuda {
             self.keep(copied);
         }
         x.set_len(n);
+    }
+
+    fn best(
+        &self,
+        x: &Buffer,
+        rows: &[usize],
+        n_cols: usize,
+        k: usize,
+    ) -> Result<Vec<Vec<(u32, f32)>>> {
+        let (Some(first), Some(last)) = (rows.first(), rows.last()) else {
+            return Ok(Vec::new());
+        };
+        let (dev, n) = (&self.card.dev, last + 1 - first);
+        let error = |e| self.card.error("choosing the likeliest tokens", e);
+        // All rows between: what few of them are not asked for costs less than a second launch.
+        let x = x.card().view().slice(first * n_cols..(last + 1) * n_cols);
+        let mut place = lock(&self.best);
+        let place = room(dev, &mut place, n * 2 * k).map_err(error)?;
+        let mut words = vec![0; n * 2 * k];
+        top_k::top_k(dev, x, n_cols, k, place.slice_mut(0..words.len()))
+            .and_then(|()| dev.read(place.slice(0..words.len()), &mut words))
+            .map_err(error)?;
+        let best = rows.iter().map(|row| {
+            let (places, numbers) = words[(row - first) * 2 * k..][..2 * k].split_at(k);
+            let pairs = places.iter().zip(numbers);
+            let pairs = pairs.take_while(|(place, _)| **place != top_k::NONE);
+            pairs.map(|(&at, &x)| (at, f32::from_bits(x))).collect()
+        });
+        Ok(best.collect())
     }
 
     fn write_cells(&self, layer: usize, rows: &Rows, k: &Buffer, v: &Buffer, s: &mut [&mut Store]) {
@@ -458,6 +547,24 @@ impl Ops for Cuda {
             };
             recur::recur(dev, Form::Auto, &mut [seq])
         }));
+    }
+
+    fn fold(&self, step: Fold<'_>) {
+        self.keep(self.try_fold(step));
+    }
+
+    fn conv_silu(
+        &self,
+        x: &Buffer,
+        taps: &Buffer,
+        past: &Buffer,
+        next: &mut Buffer,
+        out: &mut Buffer,
+    ) {
+        let (x, taps, past) = (x.card().view(), taps.card().view(), past.card().view());
+        let (next, out) = (next.card_mut().view_mut(), out.card_mut().view_mut());
+        let dev = &self.card.dev;
+        self.keep(gates::conv_silu(dev, x, taps, past, next, out));
     }
 
     fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize) {
