@@ -97,6 +97,30 @@ def test_export_loads_again(tmp_path):
     assert Encoder(folder / "export" / "tokenizer.json").end == net.cfg["eos_token_id"]
 
 
+def test_decider_stage_may_have_a_head_of_another_kind(tmp_path):
+    toml = settings(tmp_path)
+    trainer.train("compressor", toml, stop=2)
+    toml.write_text(toml.read_text() + """
+[decider]
+init = "compressor"
+memory = { "decider.type" = "mlp" }
+decider_bias = -1.5
+decider_shrink = 1.0
+steps = 3
+copies = 2
+lambda = 0.01
+lr = 1e-2
+""")
+    trainer.train("decider", toml, stop=3)
+    out = tmp_path / "out"
+    before, after = (torch.load(out / stage / "last.pt", weights_only=False)["model"] for stage in ("compressor", "decider"))
+    heads = {name for name in after if name.startswith("mem.decider.")}
+    assert heads == {f"mem.decider.{layer}.{part}" for layer in (0, 1) for part in ("weight", "bias")}
+    assert all(torch.equal(after[name], before[name]) for name in after if name not in heads), "everything else is frozen"
+    assert after["mem.decider.1.bias"].item() != -1.5, "the head learns"
+    assert json.loads((out / "decider" / "export" / "config.json").read_text())["memory"]["decider.type"] == "mlp"
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_generator_is_a_function_of_its_seed(task):
     a, b = (record(random.Random(7), task, 6, 4, 3, repeat=0.5) for _ in range(2))
