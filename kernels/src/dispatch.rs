@@ -66,6 +66,29 @@ fn detect() -> Vec<Isa> {
     found
 }
 
+/// Whether the L1 data cache holds more than 32 KiB: then what is fetched into it 8 KiB ahead of its
+/// use is still there when its turn comes. Processors that do not say are taken to be small.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn roomy_l1() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        use std::arch::x86_64::{__cpuid, __cpuid_count};
+        // Leaves with one cache each, of the same layout: Intel's, AMD's.
+        [4, 0x8000_001d].into_iter().any(|leaf: u32| {
+            __cpuid(leaf & 0x8000_0000).eax >= leaf
+                && (0..8).any(|n| {
+                    let cache = __cpuid_count(leaf, n);
+                    let is_data = cache.eax & 31 == 1 && cache.eax >> 5 & 7 == 1;
+                    let ways = u64::from(cache.ebx >> 22) + 1;
+                    let parts = u64::from(cache.ebx >> 12 & 0x3ff) + 1;
+                    let line = u64::from(cache.ebx & 0xfff) + 1;
+                    let sets = u64::from(cache.ecx) + 1;
+                    is_data && ways * parts * line * sets > 32 << 10
+                })
+        })
+    })
+}
+
 #[cfg(target_arch = "aarch64")]
 fn detect() -> Vec<Isa> {
     let mut found = vec![Isa::Scalar];

@@ -7,6 +7,7 @@
 
 use super::{mul_mat_2_bit, mul_mat_32};
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
+use crate::dispatch::roomy_l1;
 use crate::mul_mat::activations::{self, GROUP, Group, Parts, Place, Quants};
 use crate::mul_mat::layout::{
     IQ4_XS_BLOCK, IQ4_XS_SCALES, Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_K_BLOCK, Q5_K_HIGH,
@@ -20,8 +21,7 @@ use std::ops::Range;
 const VECTOR_TOKENS: usize = 4;
 /// Tokens of a register tile.
 const TILE: usize = 8;
-/// How far ahead of the vector form weights are fetched, in bytes: into the L2 cache, since blocks
-/// of the K types are not read in order and an L1 cache of 32 KiB loses what it gets too early.
+/// How far ahead of the vector form weights are fetched, in bytes.
 const AHEAD: usize = 8192;
 
 /// [`activations::quantize_row`] in vectors, the same to the bit.
@@ -200,11 +200,20 @@ pub(in crate::cpu) unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
     unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes.add(2 * ROWS * i).cast())) }
 }
 
+/// Asks for `n` lines of weights [`AHEAD`] of `bytes`: into the L1 cache if it is large, else into the
+/// L2 cache, since blocks of the K types are not read in order and 32 KiB lose what comes too early.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn fetch(bytes: *const u8, n: usize) {
-    for i in 0..n {
-        _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(AHEAD + i * VECTOR).cast());
+pub(super) fn fetch(bytes: *const u8, n: usize) {
+    let ahead = bytes.wrapping_add(AHEAD);
+    if roomy_l1() {
+        for i in 0..n {
+            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(i * VECTOR).cast());
+        }
+    } else {
+        for i in 0..n {
+            _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(i * VECTOR).cast());
+        }
     }
 }
 
