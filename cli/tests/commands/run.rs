@@ -246,8 +246,9 @@ fn ctrl_c_ends_an_answer_cleanly() {
     let mut out = child.stdout.take().unwrap();
     let mut some = [0; 8];
     out.read_exact(&mut some).unwrap();
-    let kill = std::process::Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
+    // The shell's own: a small Debian has no program of that name.
+    let kill = std::process::Command::new("sh")
+        .args(["-c", &format!("kill -INT {}", child.id())])
         .status()
         .unwrap();
     assert!(kill.success());

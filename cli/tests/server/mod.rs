@@ -187,7 +187,9 @@ impl Server {
     /// Sends a signal by name.
     pub fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
-        let done = Command::new("kill").args(["-s", name, &pid]).status();
+        let done = Command::new("sh")
+            .args(["-c", &format!("kill -s {name} {pid}")])
+            .status();
         assert!(done.expect("kill is there").success());
     }
 }
