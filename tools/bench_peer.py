@@ -141,7 +141,9 @@ def mneme_round(args):
     if done.returncode:
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}")
     result = json.loads(done.stdout.splitlines()[-1])
-    return {(r["test"], r["depth"]): r["tokens_per_second"] for r in result["rows"]}, result
+    # Filling a context begins at depth 0; it is known by where it ends, as the peer's.
+    at = {(r["test"], r["n_tokens"] if r["test"] == "fill" else r["depth"]): r["tokens_per_second"] for r in result["rows"]}
+    return at, result
 
 
 def main():
