@@ -66,7 +66,7 @@ fn detect() -> Vec<Isa> {
     found
 }
 
-/// Whether the L1 data cache holds more than 32 KiB: then what is fetched into it 8 KiB ahead of its
+/// Whether the L1 data cache holds more than 32 KiB: then what is fetched into it some KiB ahead of its
 /// use is still there when its turn comes. Processors that do not say are taken to be small.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn roomy_l1() -> bool {

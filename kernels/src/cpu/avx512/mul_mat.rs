@@ -21,8 +21,10 @@ use std::ops::Range;
 const VECTOR_TOKENS: usize = 4;
 /// Tokens of a register tile.
 const TILE: usize = 8;
-/// How far ahead of the vector form weights are fetched, in bytes.
-const AHEAD: usize = 8192;
+/// How far ahead of the vector form weights are fetched into a large L1 cache, in bytes.
+const AHEAD_L1: usize = 4096;
+/// How far ahead they are fetched into the L2 cache, where L1 is small.
+const AHEAD_L2: usize = 8192;
 
 /// [`activations::quantize_row`] in vectors, the same to the bit.
 ///
@@ -200,19 +202,19 @@ pub(in crate::cpu) unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
     unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes.add(2 * ROWS * i).cast())) }
 }
 
-/// Asks for `n` lines of weights [`AHEAD`] of `bytes`: into the L1 cache if it is large, else into the
-/// L2 cache, since blocks of the K types are not read in order and 32 KiB lose what comes too early.
+/// Asks for `n` lines of weights some way behind `bytes`: into the L1 cache if it is large, else into
+/// the L2 cache, since blocks of the K types are not read in order and 32 KiB lose what comes too
+/// early.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn fetch(bytes: *const u8, n: usize) {
-    let ahead = bytes.wrapping_add(AHEAD);
     if roomy_l1() {
         for i in 0..n {
-            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(i * VECTOR).cast());
+            _mm_prefetch::<_MM_HINT_T0>(bytes.wrapping_add(AHEAD_L1 + i * VECTOR).cast());
         }
     } else {
         for i in 0..n {
-            _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(i * VECTOR).cast());
+            _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(AHEAD_L2 + i * VECTOR).cast());
         }
     }
 }
