@@ -33,8 +33,14 @@ pub(crate) type Turns = unsafe fn(u32, &[f32], f32, &mut [f32], &mut [f32]);
 /// The rotated part of a head, cosines, sines.
 pub(crate) type Rope = unsafe fn(RopeKind, &mut [f32], &[f32], &[f32]);
 
-/// A panel times its tokens.
-pub(crate) type MulMat = unsafe fn(&Panel<'_>, &mut Scratch);
+/// `mul_mat` of an instruction set.
+pub(crate) struct MulMat {
+    /// One panel times its tokens; or a pair of them.
+    pub(crate) panel: unsafe fn(&Panel<'_>, &mut Scratch),
+    pub(crate) quantize_row: QuantizeRow,
+    /// Fewest tokens for which panels are worked on in pairs.
+    pub(crate) pairs_from: usize,
+}
 
 /// Stops a caller that names an instruction set this machine lacks.
 pub(crate) fn check(isa: Isa) {
@@ -98,17 +104,33 @@ pub(crate) fn rope(isa: Isa) -> (Turns, Rope) {
 }
 
 /// `None` for plain Rust, which works on the file's own rows.
-pub(crate) fn mul_mat(isa: Isa) -> Option<(MulMat, QuantizeRow)> {
+pub(crate) fn mul_mat(isa: Isa) -> Option<MulMat> {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => Some((avx2::mul_mat::panel, avx2::mul_mat::quantize_row)),
+        Isa::Avx2 => Some(MulMat {
+            panel: avx2::mul_mat::panel,
+            quantize_row: avx2::mul_mat::quantize_row,
+            pairs_from: usize::MAX,
+        }),
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => Some((neon::mul_mat::panel, neon::mul_mat::quantize_row)),
+        Isa::Neon => Some(MulMat {
+            panel: neon::mul_mat::panel,
+            quantize_row: neon::mul_mat::quantize_row,
+            pairs_from: usize::MAX,
+        }),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => Some((avx512::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        Isa::Avx512 => Some(MulMat {
+            panel: avx512::mul_mat::panel,
+            quantize_row: avx512::mul_mat::quantize_row,
+            pairs_from: avx512::mul_mat::PAIRS_FROM,
+        }),
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx => Some((amx::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        Isa::Amx => Some(MulMat {
+            panel: amx::mul_mat::panel,
+            quantize_row: avx512::mul_mat::quantize_row,
+            pairs_from: usize::MAX,
+        }),
         _ => None,
     }
 }

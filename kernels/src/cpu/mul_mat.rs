@@ -21,11 +21,12 @@ pub(crate) enum Tokens<'a> {
     Quants(&'a Quants),
 }
 
-/// The work of one thread at a time: 16 rows of weights times a run of tokens.
+/// The work of one thread at a time: 16 rows of weights, or two such panels one after the other,
+/// times a run of tokens.
 pub(crate) struct Panel<'a> {
     pub(crate) ty: WeightType,
     pub(crate) n_cols: usize,
-    /// The panel's bytes (`mul_mat::layout`), all of them readable.
+    /// The panels' bytes (`mul_mat::layout`), all of them readable.
     pub(crate) bytes: *const u8,
     pub(crate) x: Tokens<'a>,
     /// Which tokens of `x`.
@@ -33,11 +34,30 @@ pub(crate) struct Panel<'a> {
     /// The panel's first row of token 0; token `t` is `t * stride` numbers on.
     pub(crate) out: *mut f32,
     pub(crate) stride: usize,
-    /// Rows to write, 1..=16.
+    /// Rows to write: up to 16, or up to 32 of two panels.
     pub(crate) rows: usize,
 }
 
 impl Panel<'_> {
+    /// Whether there are two panels.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn is_pair(&self) -> bool {
+        self.rows > ROWS
+    }
+
+    /// One panel of a pair: the first or the second.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn of_pair(&self, i: usize) -> Self {
+        let bytes = crate::mul_mat::layout::panel_bytes(self.ty, self.n_cols).unwrap_or(0);
+        Panel {
+            bytes: self.bytes.wrapping_add(i * bytes),
+            out: self.out.wrapping_add(i * ROWS),
+            rows: (self.rows - i * ROWS).min(ROWS),
+            tokens: self.tokens.clone(),
+            ..*self
+        }
+    }
+
     /// The same panel times other tokens.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn with_tokens(&self, tokens: Range<usize>) -> Self {
@@ -83,13 +103,17 @@ impl Scratch {
         }
     }
 
-    /// Sums for `n` tokens, contents undefined, and room for unpacked weights of type `W`.
+    /// Sums of `P` panels for `n` tokens, contents undefined, and room for unpacked weights of
+    /// type `W`.
     ///
     /// # Safety
     /// `W` is plain numbers, at most 64-byte aligned: any bytes are a value of it.
-    pub(crate) unsafe fn parts<W>(&mut self, n: usize) -> (&mut [[f32; ROWS]], &mut W) {
+    pub(crate) unsafe fn parts<const P: usize, W>(
+        &mut self,
+        n: usize,
+    ) -> (&mut [[[f32; ROWS]; P]], &mut W) {
         const { assert!(align_of::<W>() <= VECTOR) };
-        self.acc.reserve(n * VECTOR);
+        self.acc.reserve(n * P * VECTOR);
         self.unpacked.reserve(size_of::<W>());
         // SAFETY: both are large enough, aligned to 64, and hold plain numbers.
         unsafe {
@@ -121,7 +145,8 @@ pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
     look_up: LookUp,
 ) {
     // SAFETY: Unpacked is plain numbers.
-    let (acc, unpacked) = unsafe { scratch.parts::<Unpacked>(p.tokens.len()) };
+    let (acc, unpacked) = unsafe { scratch.parts::<1, Unpacked>(p.tokens.len()) };
+    let acc = acc.as_flattened_mut();
     acc.fill([0.0; ROWS]);
     let block_len = p.ty.block_len();
     let n_blocks = p.n_cols / block_len;
