@@ -299,7 +299,7 @@ impl Call {
         // Runs outermost: a thread goes on with the activations it has just read.
         let n = runs * n_panels;
         let grain = (n / (8 * pool.n_threads())).clamp(1, 16);
-        pool.for_each(n, grain, |range| {
+        pool.for_each_in_parts(n, grain, |range| {
             SCRATCH.with_borrow_mut(|scratch| {
                 for i in range {
                     let (i, panel) = (i / n_panels, i % n_panels);
