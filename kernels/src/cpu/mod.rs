@@ -9,6 +9,8 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod fetch;
 mod lanes;
 pub(crate) mod mul_mat;
 #[cfg(target_arch = "aarch64")]
@@ -55,7 +57,7 @@ pub(crate) fn rms_norm(isa: Isa) -> RmsNorm {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::rms_norm::rms_norm,
+        Isa::Avx2 | Isa::AvxVnni => avx2::rms_norm::rms_norm,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => avx512::rms_norm::rms_norm,
         #[cfg(target_arch = "aarch64")]
@@ -68,7 +70,7 @@ pub(crate) fn swiglu(isa: Isa) -> Swiglu {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::swiglu::swiglu,
+        Isa::Avx2 | Isa::AvxVnni => avx2::swiglu::swiglu,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => avx512::swiglu::swiglu,
         #[cfg(target_arch = "aarch64")]
@@ -81,7 +83,7 @@ pub(crate) fn add(isa: Isa) -> Add {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::add::add,
+        Isa::Avx2 | Isa::AvxVnni => avx2::add::add,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => avx512::add::add,
         #[cfg(target_arch = "aarch64")]
@@ -94,7 +96,7 @@ pub(crate) fn rope(isa: Isa) -> (Turns, Rope) {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => (avx2::rope::turns, avx2::rope::rope),
+        Isa::Avx2 | Isa::AvxVnni => (avx2::rope::turns, avx2::rope::rope),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => (avx512::rope::turns, avx512::rope::rope),
         #[cfg(target_arch = "aarch64")]
@@ -109,7 +111,13 @@ pub(crate) fn mul_mat(isa: Isa) -> Option<MulMat> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => Some(MulMat {
-            panel: avx2::mul_mat::panel,
+            panel: avx2::mul_mat::panel::<false>,
+            quantize_row: avx2::mul_mat::quantize_row,
+            pairs_from: usize::MAX,
+        }),
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => Some(MulMat {
+            panel: avx2::mul_mat::panel::<true>,
             quantize_row: avx2::mul_mat::quantize_row,
             pairs_from: usize::MAX,
         }),
@@ -144,7 +152,7 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => Some(avx512::attend::KERNELS),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => Some(avx2::attend::KERNELS),
+        Isa::Avx2 | Isa::AvxVnni => Some(avx2::attend::KERNELS),
         // NEON is part of every AArch64: the lanes need no further caller.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => Some(lanes::attend::KERNELS),
@@ -169,7 +177,7 @@ pub(crate) fn recur(isa: Isa) -> HeadKernels {
             chunked_from: usize::MAX,
         },
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => HeadKernels {
+        Isa::Avx2 | Isa::AvxVnni => HeadKernels {
             recurrent: avx2::recur::recurrent,
             chunked: Chunked::Head(avx2::recur::chunked),
             chunked_from: usize::MAX,

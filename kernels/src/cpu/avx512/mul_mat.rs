@@ -6,8 +6,8 @@
 //! does not depend on the form; inside a block sums are integers and exact.
 
 use super::{mul_mat_2_bit, mul_mat_32};
+use crate::cpu::fetch::{fetch, fetch_scales};
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
-use crate::dispatch::roomy_l1;
 use crate::mul_mat::activations::{self, GROUP, Group, Parts, Place, Quants};
 use crate::mul_mat::layout::{
     IQ4_XS_BLOCK, IQ4_XS_SCALES, Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_K_BLOCK, Q5_K_HIGH,
@@ -21,10 +21,6 @@ use std::ops::Range;
 const VECTOR_TOKENS: usize = 4;
 /// Fewest tokens for which panels are worked on in pairs: those of the tile form.
 pub(crate) const PAIRS_FROM: usize = VECTOR_TOKENS + 1;
-/// How far ahead of the vector form weights are fetched into a large L1 cache, in bytes.
-const AHEAD_L1: usize = 4096;
-/// How far ahead they are fetched into the L2 cache, where L1 is small.
-const AHEAD_L2: usize = 8192;
 
 /// [`activations::quantize_row`] in vectors, the same to the bit.
 ///
@@ -208,43 +204,6 @@ pub(super) unsafe fn four(q: *const i8) -> __m512i {
 pub(in crate::cpu) unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
     // SAFETY: the caller has that many.
     unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes.add(2 * ROWS * i).cast())) }
-}
-
-/// Asks for `n` lines of weights some way behind `bytes`: into the L1 cache if it is large, else into
-/// the L2 cache, since blocks of the K types are not read in order and 32 KiB lose what comes too
-/// early.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn fetch(bytes: *const u8, n: usize) {
-    if roomy_l1() {
-        for i in 0..n {
-            _mm_prefetch::<_MM_HINT_T0>(bytes.wrapping_add(AHEAD_L1 + i * VECTOR).cast());
-        }
-    } else {
-        for i in 0..n {
-            _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(AHEAD_L2 + i * VECTOR).cast());
-        }
-    }
-}
-
-/// Asks for the F16 scales of the block `ahead` blocks on, of the next panel after the last of
-/// this one's `n`: they are a stream of their own, too thin for the hardware to follow.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn fetch_scales(
-    scales: *const u8,
-    b: usize,
-    ahead: usize,
-    n: usize,
-    panel_bytes: usize,
-) {
-    let next = b + ahead;
-    let at = if next < n {
-        2 * ROWS * next
-    } else {
-        panel_bytes + 2 * ROWS * (next - n)
-    };
-    _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(at).cast());
 }
 
 /// Adds a block of 32: `sum * (weights' scale * activations' scale)`.

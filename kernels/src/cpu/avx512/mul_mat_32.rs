@@ -3,7 +3,8 @@
 //! The types differ in how a block's bytes become one quant a byte, where their zero is, and whether
 //! there is a minimum; `dot32` is the same for all. What [`unpack`] makes of them `mul_mat_tile` takes.
 
-use super::mul_mat::{end, fetch, fetch_scales, fifth_bits, four, halves, load, put};
+use super::mul_mat::{end, fifth_bits, four, halves, load, put};
+use crate::cpu::fetch::{fetch, fetch_scales};
 use crate::cpu::mul_mat::Panel;
 use crate::mul_mat::activations::Group;
 use crate::mul_mat::layout::{
