@@ -44,6 +44,9 @@ struct Cli {
     /// Say more on stderr; twice for everything
     #[arg(short = 'v', long, action = clap::ArgAction::Count, global = true)]
     verbose: u8,
+    /// No wider instruction set than this, of avx2, avx-vnni, avx512, amx, neon, scalar: to compare
+    #[arg(long, value_name = "NAME", global = true, hide_short_help = true)]
+    isa: Option<String>,
 }
 
 #[derive(Subcommand)]
@@ -120,6 +123,13 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => e.exit(),
     };
+    if let Some(name) = &cli.isa
+        && let Err(e) = mneme_kernels::dispatch::limit(name)
+    {
+        let e = Cli::command().error(clap::error::ErrorKind::InvalidValue, format!("--isa: {e}"));
+        let _ = e.print();
+        return ExitCode::from(2);
+    }
     let level = match cli.verbose {
         _ if matches!(&cli.command, Command::Serve(args) if args.is_verbose()) => {
             tracing::Level::DEBUG

@@ -38,10 +38,32 @@ pub fn best() -> Isa {
     *available().last().expect("scalar is always there")
 }
 
-/// Every instruction set this machine can run, [`Isa::Scalar`] first, the widest last.
+static FOUND: OnceLock<Vec<Isa>> = OnceLock::new();
+
+/// Every instruction set this machine can run, [`Isa::Scalar`] first, the widest last; up to the one
+/// that [`limit`] names.
 pub fn available() -> &'static [Isa] {
-    static FOUND: OnceLock<Vec<Isa>> = OnceLock::new();
     FOUND.get_or_init(detect)
+}
+
+/// Leaves out the instruction sets wider than the one called `name`, to compare them or to see how a
+/// smaller machine fares. Before anything else of this crate is used.
+///
+/// # Errors
+/// The names there are, if it is none of them; that it comes too late.
+pub fn limit(name: &str) -> Result<(), String> {
+    let mut found = detect();
+    let Some(widest) = found.iter().position(|isa| isa.name() == name) else {
+        let names: Vec<_> = found.iter().map(|isa| isa.name()).collect();
+        return Err(format!(
+            "this machine has no instruction set `{name}`, but {}",
+            names.join(", ")
+        ));
+    };
+    found.truncate(widest + 1);
+    FOUND
+        .set(found)
+        .map_err(|_| format!("`{name}` was named after the instruction set had been chosen"))
 }
 
 #[cfg(target_arch = "x86_64")]

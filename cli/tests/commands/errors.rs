@@ -28,6 +28,7 @@ fn wrong_arguments() {
     let cases: &[(&[&str], i32, &str)] = &[
         (&["run", "-m", "missing.gguf", "-p", "a"], 1, "missing.gguf"),
         (&["run", "-p", "a"], 2, "--model"),
+        (&["run", "-m", model, "-p", "a", "--isa", "mmx"], 2, "`mmx`"),
         (&["run", "-m", model, "--frobnicate"], 2, "--frobnicate"),
         (
             &["run", "-m", model, "-hf", "a/b"],

@@ -1,6 +1,7 @@
 //! `mneme logits` against PyTorch's, however the tokens are fed.
 
 use crate::{fixture, mneme, model, piped, text};
+use mneme_kernels::dispatch;
 use safetensors::SafeTensors;
 use std::path::Path;
 
@@ -81,6 +82,11 @@ fn logits_are_pytorchs_in_any_chunks() {
         ] {
             let more: Vec<&str> = f32_cells.iter().chain(more).copied().collect();
             assert!(run(&more) == whole, "{name} {more:?}: the same to the bit");
+        }
+        for isa in dispatch::available() {
+            let got = run(&[&f32_cells[..], &["--isa", isa.name()]].concat());
+            let apart = worst(&got, &logits);
+            assert!(apart < 1e-4, "{name} with {}: {apart}", isa.name());
         }
         // A window that drops nothing sums the sinks apart from the rest: equal but for rounding.
         let window = ["--memory", "window:window=4096,sinks=4", "--prefill", "5"];

@@ -51,15 +51,25 @@ pub(crate) fn fetch_scales(
     unsafe { _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(at).cast()) }
 }
 
-/// [`fetch`] and [`fetch_scales`] for `blocks` of a panel: whole panels are asked for in order, what is
-/// at their ends included.
+/// [`fetch`] and [`fetch_scales`] for half `half` of `blocks` of a panel: whole panels are asked for in
+/// order, what is at their ends included. A core has a few dozen requests on their way at once, so
+/// that asking for much at a time waits.
 #[inline(always)]
-pub(crate) fn fetch_blocks(p: &Panel<'_>, blocks: Range<usize>) {
+pub(crate) fn fetch_blocks(p: &Panel<'_>, blocks: Range<usize>, half: usize) {
     let n = p.n_cols / p.ty.block_len();
     let bytes = panel_bytes(p.ty, p.n_cols).unwrap_or(0);
     let first = bytes * blocks.start / n / VECTOR;
     let end = (bytes * blocks.end / n).div_ceil(VECTOR);
-    fetch(p.bytes.wrapping_add(first * VECTOR), end - first);
+    let middle = usize::midpoint(first, end);
+    let lines = if half == 0 {
+        first..middle
+    } else {
+        middle..end
+    };
+    fetch(p.bytes.wrapping_add(lines.start * VECTOR), lines.len());
+    if half == 0 {
+        return;
+    }
     if scales_offset(p.ty, p.n_cols) > 0 && scales_step(p.ty) == 2 * ROWS {
         let ahead = if p.ty.block_len() == 32 { 16 } else { 3 };
         for b in blocks.step_by(VECTOR / (2 * ROWS)) {

@@ -172,10 +172,14 @@ pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
         let blocks = b..(b + some).min(n_blocks);
         #[cfg(target_arch = "x86_64")]
         if p.tokens.len() == 1 {
-            crate::cpu::fetch::fetch_blocks(p, blocks.clone());
+            crate::cpu::fetch::fetch_blocks(p, blocks.clone(), 0);
         }
         // SAFETY: the panel has these blocks.
         unsafe { unpack(p, blocks.clone(), unpacked, look_up, halves) };
+        #[cfg(target_arch = "x86_64")]
+        if p.tokens.len() == 1 {
+            crate::cpu::fetch::fetch_blocks(p, blocks.clone(), 1);
+        }
         let mut t = p.tokens.start;
         while t < p.tokens.end {
             let in_group = t % GROUP;
@@ -351,11 +355,14 @@ fn unpack_q4_k<'a>(
     vector: impl Fn(*const u8) -> &'a [u8; VECTOR],
     halves: impl Fn(*const u8, &mut [f32; ROWS]),
 ) {
-    for i in 0..32 {
-        let v = vector(block.wrapping_add(i * VECTOR));
-        let at = i / 8 * 16 + i % 8;
-        to.words[at] = v.map(|v| v & 15);
-        to.words[at + 8] = v.map(|v| v >> 4);
+    // Runs of a length known here keep the loop's arithmetic out of it.
+    let (runs, _) = to.words.as_chunks_mut::<16>();
+    for (pair, words) in runs.iter_mut().enumerate() {
+        for j in 0..8 {
+            let v = vector(block.wrapping_add((8 * pair + j) * VECTOR));
+            words[j] = v.map(|v| v & 15);
+            words[j + 8] = v.map(|v| v >> 4);
+        }
     }
     let [scale, min, top] =
         std::array::from_fn(|i| vector(block.wrapping_add(Q4_K_SCALES + i * VECTOR)));
