@@ -137,6 +137,7 @@ def mneme_round(args):
     command += ["--cache-type-k", args.cache_type_k, "--cache-type-v", args.cache_type_v]
     command += ["--memory", args.memory]
     command += ["--memory-adapter", args.memory_adapter] if args.memory_adapter else []
+    command += ["--isa", args.isa] if args.isa else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}")
@@ -159,6 +160,7 @@ def main():
     parser.add_argument("-ctv", "--cache-type-v", choices=KV_TYPES, default="f16")
     parser.add_argument("--memory-adapter", help="mneme's memory adapter (tools/make_gguf.py --memory)")
     parser.add_argument("--memory", default="full", help="mneme's memory; llama.cpp always keeps all")
+    parser.add_argument("--isa", help="mneme's widest instruction set, for a llama.cpp that was built for less")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mneme", default=str(root / "target" / "release" / "mneme"))
     parser.add_argument("--peer-reads", type=int, default=0, metavar="N", help="tokens llama.cpp reads before it doubles (0: all)")

@@ -310,7 +310,7 @@ fn tasks(call: &Call<'_>, cells: &[Cells<'_>]) -> Vec<Task> {
 }
 
 impl Tile {
-    fn new() -> Tile {
+    pub(crate) fn new() -> Tile {
         Tile {
             n_rows: 0,
             dim_k: 0,
@@ -737,6 +737,42 @@ mod tests {
                 }
             }
             assert_eq!(got, bits);
+        }
+    }
+
+    /// Instruction sets that want bytes are rarer than those that want integers: both are checked
+    /// wherever tests run.
+    #[test]
+    fn bytes_of_queries_are_their_integers() {
+        let (n_rows, dim) = (11, 50);
+        let mut tile = Tile::new();
+        tile.n_rows = n_rows;
+        tile.dim_k = dim;
+        let q = tile.q.slice(n_rows.next_multiple_of(ROWS) * dim);
+        for (i, q) in q.iter_mut().enumerate() {
+            *q = (i as f32 * 0.7).sin() * (i % 13) as f32;
+        }
+        tile.quantize_q();
+        tile.byte_q();
+        let n_blocks = dim.div_ceil(BLOCK);
+        let n_words = n_blocks * BLOCK / 4;
+        for row in 0..n_rows {
+            let mut sums = vec![0; n_blocks];
+            let mut largest = 0;
+            for i in 0..n_blocks * BLOCK {
+                let word = tile.q16[q16_word(row, i / 4, n_words) + i % 2 * ROWS];
+                let x = i32::from((word >> (i % 4 / 2 * 16)) as i16);
+                let group = (row / ROWS * n_blocks + i / BLOCK) * 2 * ROWS + row % ROWS;
+                let high = i32::from(tile.q8[group * BLOCK + i % BLOCK] as i8);
+                let low = i32::from(tile.q8[(group + ROWS) * BLOCK + i % BLOCK] as i8);
+                assert_eq!((high << 8) + low, x, "row {row}, number {i}");
+                sums[i / BLOCK] += x;
+                largest = largest.max(x.abs());
+            }
+            assert_eq!(largest, Q16_MAX as i32, "row {row}");
+            for (b, sum) in sums.iter().enumerate() {
+                assert_eq!(tile.q16_bias[row * n_blocks + b], -128 * sum);
+            }
         }
     }
 }

@@ -712,3 +712,62 @@ unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::{Isa, available};
+    use half::f16;
+
+    /// The order for tiles of bytes says the same as the one for vectors of words.
+    #[test]
+    fn integer_weights_are_the_same_in_both_orders() {
+        if !available().contains(&Isa::Avx512) {
+            println!("skipped: this machine has no AVX-512");
+            return;
+        }
+        let n_rows = 9;
+        let mut tile = Tile::new();
+        tile.n_rows = n_rows;
+        for (i, s) in tile.s.slice(n_rows * PAGE_CELLS).iter_mut().enumerate() {
+            *s = ((i as f32 * 0.37).sin() + 1.0) / 2.0;
+        }
+        // Rows of three queries that see different cells.
+        tile.seen = (0..n_rows).map(|row| u64::MAX << (5 * (row / 3))).collect();
+        tile.w16
+            .resize(n_rows.next_multiple_of(ROWS) * 2 * PAGE_CELLS, 0);
+        let scales: Vec<u8> = (0..PAGE_CELLS)
+            .flat_map(|c| f16::from_f32(0.01 + c as f32 * 0.003).to_le_bytes())
+            .collect();
+        let mut worth = [[0f32; 9]; 2];
+        let mut weights = [[[0u16; PAGE_CELLS]; 9]; 2];
+        // SAFETY: the instruction set is there; the tile has these rows, `scales` 64 numbers.
+        unsafe {
+            let first = steps_of(scales.as_ptr(), tile.seen[0]);
+            integer_weights::<true>(&mut tile, scales.as_ptr(), &first, worth[0].as_mut_ptr());
+            for row in 0..n_rows {
+                let w = &tile.w16[row * 2 * PAGE_CELLS..][..2 * PAGE_CELLS];
+                for c in 0..PAGE_CELLS {
+                    weights[0][row][c] = u16::from_be_bytes([w[c], w[PAGE_CELLS + c]]);
+                }
+            }
+            integer_weights::<false>(&mut tile, scales.as_ptr(), &first, worth[1].as_mut_ptr());
+            for row in 0..n_rows {
+                let w = &tile.w16[row * 2 * PAGE_CELLS..][..2 * PAGE_CELLS];
+                for c in 0..PAGE_CELLS {
+                    // Even cells of a group in its first word.
+                    let at = 4 * (word_at(c / 4) + c % 2) + c % 4 / 2 * 2;
+                    weights[1][row][c] = u16::from_le_bytes([w[at], w[at + 1]]);
+                }
+            }
+        }
+        assert_eq!(worth[0], worth[1]);
+        assert_eq!(weights[0], weights[1]);
+        for row in 0..n_rows {
+            let seen = |c: usize| tile.seen[row] >> c & 1 == 1;
+            let largest = weights[0][row].iter().max().copied();
+            assert!((1..=32767).contains(&largest.unwrap_or(0)), "row {row}");
+            assert!((0..PAGE_CELLS).all(|c| seen(c) || weights[0][row][c] == 0));
+        }
+    }
+}
