@@ -13,7 +13,7 @@
 use crate::error::{Error, Result};
 use crate::hparams::Hparams;
 use crate::ops::sigmoid;
-use crate::ops::{Buffer, Cpu, Device, Fold, Matrix, Ops, Rule, Table};
+use crate::ops::{Buffer, ConvSeq, Cpu, Device, Fold, FoldSeq, Matrix, Ops, Rule, Table};
 use crate::weights::Loader;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -116,10 +116,12 @@ pub struct TrunkScratch {
     /// Embeddings `[n, n_embd]`, and the same normed.
     x: Buffer,
     normed: Buffer,
-    /// Residual stream, in the end the trunk's outputs h `[n, c]`.
-    h: Buffer,
+    /// Residual stream `[n, c]`.
+    u: Buffer,
     /// Normed input of a block, and a block's output `[n, c]`.
     y: Buffer,
+    /// The trunk's outputs h `[n, c]`.
+    h: Buffer,
     /// Queries, keys and values `[n, 3, c]`, and the same convolved.
     qkv: Buffer,
     mixed: Buffer,
@@ -133,6 +135,14 @@ pub struct TrunkScratch {
     closed: Buffer,
     /// What came home.
     home: Vec<f32>,
+}
+
+/// One sequence's share of a call: its rows follow those of the sequences before it.
+struct Share<'a> {
+    n: usize,
+    from: &'a TrunkState,
+    /// With buffers of its own.
+    to: &'a mut TrunkState,
 }
 
 /// What a recurrence computes with.
@@ -266,24 +276,13 @@ impl NodeTensors {
             to.last.clone_from(&from.last);
             return Ok(Vec::new());
         }
-        let (device, n_embd) = (ops.device(), self.in_norm.len());
-        device.fill(&mut s.x, n * n_embd, |x| {
+        self.make_room(ops.device(), s, n)?;
+        let n_embd = self.in_norm.len();
+        ops.device().fill(&mut s.x, n * n_embd, |x| {
             ops.host().get_rows(token_embd, tokens, x);
         })?;
-        device.resize(&mut s.normed, n * n_embd)?;
-        for buffer in [&mut s.h, &mut s.y] {
-            device.resize(buffer, n * c)?;
-        }
-        ops.rms_norm(&s.x, &self.in_norm, EPS, &mut s.normed);
-        ops.mul_mat(&s.normed, 0..n, &mut [(&self.input, &mut s.h)]);
-        to.blocks
-            .resize_with(self.blocks.len(), BlockState::default);
-        let states = from.blocks.iter().zip(&mut to.blocks);
-        for (block, (from, to)) in self.blocks.iter().zip(states) {
-            block.forward(ops, s, from, to, n, self.n_head)?;
-        }
-        ops.rms_norm(&s.h, &self.out_norm, EPS, &mut s.y);
-        std::mem::swap(&mut s.h, &mut s.y);
+        to.own_trunk(ops.device(), from)?;
+        self.walk(ops, s, &mut [Share { n, from, to }]);
 
         to.last = None;
         let head = self.head.as_ref().filter(|h| decides || h.looks_back());
@@ -297,6 +296,42 @@ impl NodeTensors {
         };
         to.last = head.looks_back().then(|| h[(n - 1) * c..].into());
         Ok(p)
+    }
+
+    /// Room for a call over `n` tokens.
+    fn make_room(&self, device: &Device, s: &mut TrunkScratch, n: usize) -> Result<()> {
+        let (c, n_embd) = (self.width, self.in_norm.len());
+        let n_ff = self.blocks.first().map_or(0, |b| b.ffn_gate.n_rows());
+        s.read.resize(device, n, c, self.n_head)?;
+        for (buffer, len) in [
+            (&mut s.x, n * n_embd),
+            (&mut s.normed, n * n_embd),
+            (&mut s.u, n * c),
+            (&mut s.y, n * c),
+            (&mut s.h, n * c),
+            (&mut s.qkv, n * 3 * c),
+            (&mut s.mixed, n * 3 * c),
+            (&mut s.gate, n * n_ff),
+            (&mut s.up, n * n_ff),
+            (&mut s.act, n * n_ff),
+        ] {
+            device.resize(buffer, len)?;
+        }
+        Ok(())
+    }
+
+    /// The trunk over the embeddings in `s`, the rows of `shares`; its outputs h are left in `s`.
+    fn walk(&self, ops: &dyn Ops, s: &mut TrunkScratch, shares: &mut [Share<'_>]) {
+        let n = shares.iter().map(|share| share.n).sum();
+        ops.rms_norm(&s.x, &self.in_norm, EPS, &mut s.normed);
+        ops.mul_mat(&s.normed, 0..n, &mut [(&self.input, &mut s.u)]);
+        for (b, block) in self.blocks.iter().enumerate() {
+            let states = shares.iter_mut();
+            let states =
+                states.map(|share| (share.n, &share.from.blocks[b], &mut share.to.blocks[b]));
+            block.forward(ops, s, n, states.collect());
+        }
+        ops.rms_norm(&s.u, &self.out_norm, EPS, &mut s.h);
     }
 
     /// Boundary probability of each of `tokens` read from the start of a text, for people to look
@@ -336,9 +371,13 @@ impl NodeTensors {
         ops.device().resize(&mut s.qkv, n * 3 * self.width)?;
         s.read.resize(ops.device(), n, self.width, self.n_head)?;
         self.active.project(ops, &s.h, n, &mut s.qkv, &mut s.read);
-        let (state, next) = (&from.active, &mut to.active);
-        self.active
-            .recur(ops, &s.qkv, &mut s.read, state, next, resets)?;
+        let seq = FoldSeq {
+            n,
+            resets,
+            state: &from.active,
+            next: own(ops.device(), &mut to.active, from.active.len())?,
+        };
+        self.active.recur(ops, &s.qkv, &mut s.read, vec![seq]);
         s.read.o.read_with(&mut s.home)
     }
 
@@ -378,7 +417,12 @@ fn own<'a>(device: &Device, to: &'a mut Arc<Buffer>, len: usize) -> Result<&'a m
     if Arc::get_mut(to).is_none_or(|to| to.len() != len) {
         *to = Arc::new(device.zeros(len)?);
     }
-    Ok(Arc::get_mut(to).expect("held by nobody else"))
+    Ok(mine(to))
+}
+
+/// A buffer that [`own`] has made its own.
+fn mine(to: &mut Arc<Buffer>) -> &mut Buffer {
+    Arc::get_mut(to).expect("held by nobody else")
 }
 
 impl ReadScratch {
@@ -430,31 +474,20 @@ impl Delta {
         );
     }
 
-    /// The recurrence over `qkv` `[n, 3, c]` with the gates in `s`; what is read, normed and gated,
-    /// into `s.o` `[n, c]`.
-    fn recur(
-        &self,
-        ops: &dyn Ops,
-        qkv: &Buffer,
-        s: &mut ReadScratch,
-        state: &Buffer,
-        next: &mut Arc<Buffer>,
-        resets: &[usize],
-    ) -> Result<()> {
+    /// The recurrences of `seqs` over `qkv` `[n, 3, c]` with the gates in `s`; what is read, normed
+    /// and gated, into `s.o` `[n, c]`.
+    fn recur(&self, ops: &dyn Ops, qkv: &Buffer, s: &mut ReadScratch, seqs: Vec<FoldSeq<'_>>) {
         ops.fold(Fold {
             n_head: self.a.len(),
             head_dim: self.head_norm.len(),
             qkv,
             beta: &s.beta,
             g: &s.g,
-            resets,
-            state,
-            next: own(ops.device(), next, state.len())?,
+            seqs,
             out: &mut s.o,
         });
         ops.rms_norm(&s.o, &self.head_norm, EPS, &mut s.normed);
         ops.swiglu(&s.gate, &s.normed, &mut s.o);
-        Ok(())
     }
 }
 
@@ -480,35 +513,37 @@ impl Block {
         })
     }
 
-    /// The block over `n` rows of the residual stream in `s`.
+    /// The block over the `n` rows of the residual stream in `s`: of each sequence so many, from one
+    /// state to another that has buffers of its own.
     fn forward(
         &self,
         ops: &dyn Ops,
         s: &mut TrunkScratch,
-        from: &BlockState,
-        to: &mut BlockState,
         n: usize,
-        n_head: usize,
-    ) -> Result<()> {
-        let (device, c, n_ff) = (ops.device(), self.norm.len(), self.ffn_gate.n_rows());
-        s.read.resize(device, n, c, n_head)?;
-        for buffer in [&mut s.qkv, &mut s.mixed] {
-            device.resize(buffer, n * 3 * c)?;
-        }
-        for buffer in [&mut s.gate, &mut s.up, &mut s.act] {
-            device.resize(buffer, n * n_ff)?;
-        }
-        ops.rms_norm(&s.h, &self.norm, EPS, &mut s.y);
+        seqs: Vec<(usize, &BlockState, &mut BlockState)>,
+    ) {
+        ops.rms_norm(&s.u, &self.norm, EPS, &mut s.y);
         self.delta.project(ops, &s.y, n, &mut s.qkv, &mut s.read);
-        let conv = own(device, &mut to.conv, from.conv.len())?;
-        ops.conv_silu(&s.qkv, &self.conv, &from.conv, conv, &mut s.mixed);
-        let (state, next) = (&from.state, &mut to.state);
-        self.delta
-            .recur(ops, &s.mixed, &mut s.read, state, next, &[])?;
+        let (mut convs, mut folds) = (Vec::new(), Vec::new());
+        for (n, from, to) in seqs {
+            convs.push(ConvSeq {
+                n,
+                past: &from.conv,
+                next: mine(&mut to.conv),
+            });
+            folds.push(FoldSeq {
+                n,
+                resets: &[],
+                state: &from.state,
+                next: mine(&mut to.state),
+            });
+        }
+        ops.conv_silu(&s.qkv, &self.conv, convs, &mut s.mixed);
+        self.delta.recur(ops, &s.mixed, &mut s.read, folds);
         ops.mul_mat(&s.read.o, 0..n, &mut [(&self.out, &mut s.y)]);
-        ops.add(&mut s.h, &s.y);
+        ops.add(&mut s.u, &s.y);
 
-        ops.rms_norm(&s.h, &self.ffn_norm, EPS, &mut s.y);
+        ops.rms_norm(&s.u, &self.ffn_norm, EPS, &mut s.y);
         ops.mul_mat(
             &s.y,
             0..n,
@@ -516,8 +551,7 @@ impl Block {
         );
         ops.swiglu(&s.gate, &s.up, &mut s.act);
         ops.mul_mat(&s.act, 0..n, &mut [(&self.ffn_down, &mut s.y)]);
-        ops.add(&mut s.h, &s.y);
-        Ok(())
+        ops.add(&mut s.u, &s.y);
     }
 }
 
@@ -623,6 +657,18 @@ pub struct TrunkState {
 }
 
 impl TrunkState {
+    /// Gives the trunk of this state buffers of its own, as large as those of `like`, to be
+    /// overwritten.
+    fn own_trunk(&mut self, device: &Device, like: &TrunkState) -> Result<()> {
+        self.blocks
+            .resize_with(like.blocks.len(), BlockState::default);
+        for (mine, like) in self.blocks.iter_mut().zip(&like.blocks) {
+            own(device, &mut mine.state, like.state.len())?;
+            own(device, &mut mine.conv, like.conv.len())?;
+        }
+        Ok(())
+    }
+
     /// Bytes held, without those of the active memory.
     pub fn bytes(&self) -> usize {
         let block = |b: &BlockState| b.state.len() + b.conv.len();

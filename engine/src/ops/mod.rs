@@ -59,27 +59,46 @@ pub struct Recurrence<'a> {
     pub out: &'a mut Buffer,
 }
 
-/// Tokens of one sequence folded one after the other into a recurrent memory by the gated delta
-/// rule: however they are cut into calls, the bits are the same.
+/// Tokens folded one after the other into the recurrent memories of their sequences by the gated
+/// delta rule: however they are cut into calls, and whatever other sequences are in a call, the bits
+/// are the same.
 pub struct Fold<'a> {
     /// Heads, and states.
     pub n_head: usize,
     /// Dimensions of a query, a key and a value.
     pub head_dim: usize,
-    /// Queries, keys and values, not yet normalised `[n, 3, n_head, head_dim]`.
+    /// Queries, keys and values, not yet normalised `[rows, 3, n_head, head_dim]`.
     pub qkv: &'a Buffer,
-    /// Write strengths `[n, n_head]`.
+    /// Write strengths `[rows, n_head]`.
     pub beta: &'a Buffer,
-    /// Log decays `[n, n_head]`.
+    /// Log decays `[rows, n_head]`.
     pub g: &'a Buffer,
-    /// Tokens before which the state starts anew from zero, ascending.
+    /// The sequences, in the order of their rows.
+    pub seqs: Vec<FoldSeq<'a>>,
+    /// What was read `[rows, n_head, head_dim]`.
+    pub out: &'a mut Buffer,
+}
+
+/// One sequence of a [`Fold`].
+pub struct FoldSeq<'a> {
+    /// Its tokens, one row each.
+    pub n: usize,
+    /// Tokens of its own before which the state starts anew from zero, ascending.
     pub resets: &'a [usize],
     /// State before the first token `[n_head, head_dim, head_dim]`.
     pub state: &'a Buffer,
     /// State after the last token.
     pub next: &'a mut Buffer,
-    /// What was read `[n, n_head, head_dim]`.
-    pub out: &'a mut Buffer,
+}
+
+/// One sequence of a causal convolution of `w` channels; see [`Ops::conv_silu`].
+pub struct ConvSeq<'a> {
+    /// Its tokens, one row each.
+    pub n: usize,
+    /// The three inputs before them `[3, w]`.
+    pub past: &'a Buffer,
+    /// Becomes the last three inputs.
+    pub next: &'a mut Buffer,
 }
 
 /// Best rates of a device, measured.
@@ -232,17 +251,10 @@ pub trait Ops: Send + Sync {
     /// The recurrence of the compressor of `nodes`.
     fn fold(&self, step: Fold<'_>);
 
-    /// `silu` of the causal convolution of each of the `w` channels of `x` `[n, w]` over its last
-    /// four inputs, with `taps` `[w, 4]`, the current input's last. `past` `[3, w]` are the inputs
-    /// before `x`; `next` becomes the last three.
-    fn conv_silu(
-        &self,
-        x: &Buffer,
-        taps: &Buffer,
-        past: &Buffer,
-        next: &mut Buffer,
-        out: &mut Buffer,
-    );
+    /// `silu` of the causal convolution of each of the `w` channels of `x` `[rows, w]`, the rows of
+    /// `seqs` one after the other, over its sequence's last four inputs, with `taps` `[w, 4]`, the
+    /// current input's last.
+    fn conv_silu(&self, x: &Buffer, taps: &Buffer, seqs: Vec<ConvSeq<'_>>, out: &mut Buffer);
 
     /// `x[t, h] *= silu(gate[t, h])` for every head of `head_dim` values.
     fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize);

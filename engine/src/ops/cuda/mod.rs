@@ -14,7 +14,8 @@ pub use rows::CardRows;
 
 use super::cpu::weight_type;
 use super::{
-    Buffer, Cpu, Device, Fold, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, Table,
+    Buffer, ConvSeq, Cpu, Device, Fold, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule,
+    Table,
 };
 use crate::error::{Error, Result};
 use crate::memory::store::Store;
@@ -99,42 +100,58 @@ impl Cuda {
 
     fn try_fold(&self, step: Fold<'_>) -> Done {
         let dev = &self.card.dev;
-        let (n, c) = (step.beta.len() / step.n_head, step.n_head * step.head_dim);
+        let (n_head, c) = (step.n_head, step.n_head * step.head_dim);
+        let n = step.beta.len() / n_head;
         let mut place = lock(&self.resets);
-        let resets = match step.resets {
-            [] => None,
-            resets => {
-                let mut flags = vec![0; n];
-                resets.iter().for_each(|&token| flags[token] = 1);
+        let resets = match step.seqs.iter().any(|seq| !seq.resets.is_empty()) {
+            false => None,
+            true => {
+                let (mut flags, mut row) = (vec![0; n], 0);
+                for seq in &step.seqs {
+                    seq.resets.iter().for_each(|token| flags[row + token] = 1);
+                    row += seq.n;
+                }
                 let place = room(dev, &mut place, n)?;
                 dev.write(place.slice_mut(0..n), &flags)?;
                 Some(place.slice(0..n))
             }
         };
-        let next = step.next.card_mut();
-        dev.copy(step.state.card().view(), next.view_mut())?;
         let qkv = step.qkv.card().view();
-        let numbers = |i: usize| qkv.slice(i * c..qkv.len() - (2 - i) * c);
-        let seq = recur::Recur {
-            rule: Rule::GatedDelta,
-            n_tokens: n,
-            n_head: step.n_head,
-            n_head_k: step.n_head,
-            head_dim_k: step.head_dim,
-            head_dim_v: step.head_dim,
-            q: numbers(0),
-            k: numbers(1),
-            v: numbers(2),
-            q_stride: 3 * c,
-            k_stride: 3 * c,
-            v_stride: 3 * c,
-            g: Some(step.g.card().view()),
-            beta: step.beta.card().view(),
-            resets,
-            state: next.view_mut(),
-            out: step.out.card_mut().view_mut(),
-        };
-        recur::recur(dev, Form::Recurrent, &mut [seq])
+        let (beta, g) = (step.beta.card().view(), step.g.card().view());
+        let (mut out, mut row) = (step.out.card_mut().view_mut(), 0);
+        let mut seqs = Vec::with_capacity(step.seqs.len());
+        for seq in step.seqs {
+            let rows = row..row + seq.n;
+            row = rows.end;
+            let (mine, rest) = out.split_at_mut(seq.n * c);
+            out = rest;
+            // A third of its rows: from its first number to its last.
+            let numbers = |i: usize| match seq.n {
+                0 => qkv.slice(0..0),
+                _ => qkv.slice((3 * rows.start + i) * c..(3 * rows.end - 2 + i) * c),
+            };
+            seqs.push(recur::Recur {
+                rule: Rule::GatedDelta,
+                n_tokens: seq.n,
+                n_head,
+                n_head_k: n_head,
+                head_dim_k: step.head_dim,
+                head_dim_v: step.head_dim,
+                q: numbers(0),
+                k: numbers(1),
+                v: numbers(2),
+                q_stride: 3 * c,
+                k_stride: 3 * c,
+                v_stride: 3 * c,
+                g: Some(g.slice(rows.start * n_head..rows.end * n_head)),
+                beta: beta.slice(rows.start * n_head..rows.end * n_head),
+                resets: resets.map(|flags| flags.slice(rows.clone())),
+                from: Some(seq.state.card().view()),
+                state: seq.next.card_mut().view_mut(),
+                out: mine,
+            });
+        }
+        recur::recur(dev, Form::Recurrent, &mut seqs)
     }
 
     /// What a recording of `pass` would hold beside the rows; `None` when it is not worth one.
@@ -522,49 +539,47 @@ impl Ops for Cuda {
     fn recur(&self, step: Recurrence<'_>) {
         let dev = &self.card.dev;
         let width = step.n_head * step.head_dim;
-        let next = step.next.card_mut();
         let q = step.q.card().view();
-        let copied = dev.copy(step.state.card().view(), next.view_mut());
-        self.keep(copied.and_then(|()| {
-            let seq = recur::Recur {
-                rule: step.rule,
-                n_tokens: step.rows.len(),
-                n_head: step.n_head,
-                n_head_k: step.n_head_kv,
-                head_dim_k: step.head_dim,
-                head_dim_v: step.head_dim,
-                q: q.slice(step.rows.start * width..step.rows.end * width),
-                k: step.k.card().view(),
-                v: step.v.card().view(),
-                g: (step.rule != Rule::Delta).then(|| step.g.card().view()),
-                beta: step.beta.card().view(),
-                resets: None,
-                state: next.view_mut(),
-                out: step.out.card_mut().view_mut(),
-                q_stride: 0,
-                k_stride: 0,
-                v_stride: 0,
-            };
-            recur::recur(dev, Form::Auto, &mut [seq])
-        }));
+        let seq = recur::Recur {
+            rule: step.rule,
+            n_tokens: step.rows.len(),
+            n_head: step.n_head,
+            n_head_k: step.n_head_kv,
+            head_dim_k: step.head_dim,
+            head_dim_v: step.head_dim,
+            q: q.slice(step.rows.start * width..step.rows.end * width),
+            k: step.k.card().view(),
+            v: step.v.card().view(),
+            g: (step.rule != Rule::Delta).then(|| step.g.card().view()),
+            beta: step.beta.card().view(),
+            resets: None,
+            from: Some(step.state.card().view()),
+            state: step.next.card_mut().view_mut(),
+            out: step.out.card_mut().view_mut(),
+            q_stride: 0,
+            k_stride: 0,
+            v_stride: 0,
+        };
+        self.keep(recur::recur(dev, Form::Auto, &mut [seq]));
     }
 
     fn fold(&self, step: Fold<'_>) {
         self.keep(self.try_fold(step));
     }
 
-    fn conv_silu(
-        &self,
-        x: &Buffer,
-        taps: &Buffer,
-        past: &Buffer,
-        next: &mut Buffer,
-        out: &mut Buffer,
-    ) {
-        let (x, taps, past) = (x.card().view(), taps.card().view(), past.card().view());
-        let (next, out) = (next.card_mut().view_mut(), out.card_mut().view_mut());
-        let dev = &self.card.dev;
-        self.keep(gates::conv_silu(dev, x, taps, past, next, out));
+    fn conv_silu(&self, x: &Buffer, taps: &Buffer, seqs: Vec<ConvSeq<'_>>, out: &mut Buffer) {
+        let (x, taps, out) = (
+            x.card().view(),
+            taps.card().view(),
+            out.card_mut().view_mut(),
+        );
+        let seqs = seqs.into_iter().map(|seq| gates::Conv {
+            n: seq.n,
+            past: seq.past.card().view(),
+            next: seq.next.card_mut().view_mut(),
+        });
+        let mut seqs: Vec<_> = seqs.collect();
+        self.keep(gates::conv_silu(&self.card.dev, x, taps, &mut seqs, out));
     }
 
     fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize) {
