@@ -4,10 +4,10 @@
 use crate::device::DeviceArgs;
 use crate::progress::{Progress, Unit};
 use anyhow::{Context, Result, bail};
-use mneme_engine::engine::{KV_TYPES, kv_type};
 use mneme_engine::grammar::{Grammar, GrammarVocab};
 use mneme_engine::memory::{MEMORIES, spec::MemorySpec};
 use mneme_engine::sampler::{SamplerKind, SamplerParams};
+use mneme_engine::sequence::{KV_TYPES, kv_type};
 use mneme_engine::tokenizer::Tokenizer;
 use mneme_engine::{Engine, LoadOptions, Model, Sequence, SequenceOptions};
 use mneme_kernels::attend::{KvType, PageLayout};

@@ -4,11 +4,12 @@ use crate::args::{CellArgs, MemoryArgs, ModelArgs, human_bytes, parse_kv, parse_
 use crate::device::DeviceArgs;
 use crate::segments;
 use anyhow::{Result, bail};
-use mneme_engine::engine::{N_UBATCH, kv_name};
+use mneme_engine::engine::N_UBATCH;
 use mneme_engine::gguf::{Gguf, TensorInfo, Value};
 use mneme_engine::hparams::Hparams;
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::ops;
+use mneme_engine::sequence::kv_name;
 use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout};
 use serde_json::{Map, json};
 use std::collections::BTreeMap;

@@ -142,10 +142,11 @@ fn logits_are_those_of_the_host() {
         let got = run(&mut p.card, &mut mine, &ids, prompt, 24);
         p.close(&got, &expected, "logits");
         // Single tokens are recorded the second time and replayed from the third on, but for those
-        // that come with slots or a state at another address.
+        // that come with slots; states lie at two addresses in turn.
         if let mneme_engine::ops::Device::Cuda(card) = p.card.ops().device() {
             let least = if memory.starts_with("nodes") { 2 } else { 8 };
             let n = card.n_replays();
+            println!("{name}, {memory}: {n} of 20 replayed");
             assert!(n >= least, "{name}, {memory}: {n} of 20 replayed");
         }
         let cuts = |seq: &Sequence| -> Vec<_> {

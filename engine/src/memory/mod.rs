@@ -25,6 +25,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use store::{Cell, Store};
+use trunk::TrunkStep;
 
 /// What a memory is built over: fixed for its lifetime.
 #[derive(Clone)]
@@ -193,7 +194,15 @@ pub trait Memory: Send {
     /// keys and values have been written.
     fn recall(&mut self, _ops: &dyn Ops, _part: Recall<'_>) {}
 
-    /// The buffers that [`Memory::recall`] reads and writes in the planned pass, beside cells.
+    /// The compressor's step over the token of the planned pass, the last of its rows, where the plan
+    /// left it to the pass. The pass runs it and brings home what comes of it, which
+    /// [`Memory::commit`] takes over.
+    fn trunk_step(&mut self) -> Option<TrunkStep<'_>> {
+        None
+    }
+
+    /// The buffers that [`Memory::recall`] and [`Memory::trunk_step`] have read and written in the
+    /// planned pass, beside cells.
     fn buffers(&self) -> Vec<&Buffer> {
         Vec::new()
     }

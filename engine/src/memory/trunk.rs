@@ -7,13 +7,14 @@
 //! pass with those of tokens.
 //!
 //! The trunk reads token embeddings only, so all cuts of a prompt are known before the model
-//! runs. Its recurrences always take the step-by-step form: their cost is a thousandth of the
+//! runs. Of a token that comes alone nothing is needed before the next one comes: the pass it
+//! belongs to runs the compressor over it, together with those of other sequences. Its recurrences always take the step-by-step form: their cost is a thousandth of the
 //! model's, and the cuts come out the same however a prompt is chunked.
 
 use crate::error::{Error, Result};
 use crate::hparams::Hparams;
 use crate::ops::sigmoid;
-use crate::ops::{Buffer, ConvSeq, Cpu, Device, Fold, FoldSeq, Matrix, Ops, Rule, Table};
+use crate::ops::{Buffer, ConvSeq, Cpu, Device, Fold, FoldSeq, Matrix, Ops, Rows, Rule, Table};
 use crate::weights::Loader;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -110,7 +111,31 @@ pub struct NodeTensors {
     scratch: Mutex<TrunkScratch>,
 }
 
-/// What the compressor computes with, kept between calls and shared by all sequences of a model.
+/// A token that comes alone, left to the pass it belongs to: the compressor runs over those of all
+/// sequences together.
+pub struct TrunkStep<'a> {
+    /// The states before it.
+    pub from: &'a TrunkState,
+    /// The states after it, with buffers of their own ([`TrunkState::own`]).
+    pub to: &'a mut TrunkState,
+    /// Whether the active memory starts anew before it.
+    pub resets: bool,
+    /// Whether its boundary probability is wanted.
+    pub decides: bool,
+    /// What comes home.
+    pub out: &'a mut Stepped,
+}
+
+/// What came of a [`TrunkStep`].
+#[derive(Default)]
+pub struct Stepped {
+    /// Boundary probability; 0 where it was not wanted or there is no decider.
+    pub p: f32,
+    /// The active memory's readout `[c]`.
+    pub r: Box<[f32]>,
+}
+
+/// What the compressor computes with, kept between calls.
 #[derive(Default)]
 pub struct TrunkScratch {
     /// Embeddings `[n, n_embd]`, and the same normed.
@@ -251,6 +276,11 @@ impl NodeTensors {
         self.start.clone()
     }
 
+    /// The active memory that a segment begins with.
+    pub fn start_of_segment(&self) -> &Buffer {
+        &self.start.active
+    }
+
     /// What calls compute with; one at a time.
     pub fn scratch(&self) -> MutexGuard<'_, TrunkScratch> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
@@ -299,7 +329,7 @@ impl NodeTensors {
     }
 
     /// Room for a call over `n` tokens.
-    fn make_room(&self, device: &Device, s: &mut TrunkScratch, n: usize) -> Result<()> {
+    pub fn make_room(&self, device: &Device, s: &mut TrunkScratch, n: usize) -> Result<()> {
         let (c, n_embd) = (self.width, self.in_norm.len());
         let n_ff = self.blocks.first().map_or(0, |b| b.ffn_gate.n_rows());
         s.read.resize(device, n, c, self.n_head)?;
@@ -332,6 +362,65 @@ impl NodeTensors {
             block.forward(ops, s, n, states.collect());
         }
         ops.rms_norm(&s.u, &self.out_norm, EPS, &mut s.h);
+    }
+
+    /// Runs the compressor over the tokens of `steps`, whose embeddings are [`Rows::steps`] of `x`
+    /// `[n, n_embd]`. There is room for them in `s`, which keeps what [`NodeTensors::bring_home`]
+    /// takes; nothing is sent, waited for or allocated, so that this can be part of a recording.
+    pub fn step(
+        &self,
+        ops: &dyn Ops,
+        s: &mut TrunkScratch,
+        x: &Buffer,
+        rows: &Rows,
+        steps: &mut [TrunkStep<'_>],
+    ) {
+        let n = steps.len();
+        ops.take_rows(x, self.in_norm.len(), rows, &mut s.x);
+        let shares = steps.iter_mut().map(|step| Share {
+            n: 1,
+            from: step.from,
+            to: &mut *step.to,
+        });
+        self.walk(ops, s, &mut shares.collect::<Vec<_>>());
+        self.active.project(ops, &s.h, n, &mut s.qkv, &mut s.read);
+        let seqs = steps.iter_mut().map(|step| FoldSeq {
+            n: 1,
+            resets: &[],
+            state: match step.resets {
+                true => self.start_of_segment(),
+                false => &step.from.active,
+            },
+            next: mine(&mut step.to.active),
+        });
+        self.active.recur(ops, &s.qkv, &mut s.read, seqs.collect());
+    }
+
+    /// Takes home what [`NodeTensors::step`] left in `s` for the same steps.
+    pub fn bring_home(
+        &self,
+        ops: &dyn Ops,
+        s: &mut TrunkScratch,
+        steps: &mut [TrunkStep<'_>],
+    ) -> Result<()> {
+        let c = self.width;
+        let decides = steps.iter().any(|step| step.decides);
+        let head = self.head.as_ref().filter(|h| decides || h.looks_back());
+        if let Some(head) = head {
+            let h = s.h.read_with(&mut s.home)?;
+            for (step, h) in steps.iter_mut().zip(h.chunks_exact(c)) {
+                if step.decides {
+                    let last = step.from.last.as_deref();
+                    step.out.p = head.probabilities(ops.host(), h, 1, c, last)[0];
+                }
+                step.to.last = head.looks_back().then(|| h.into());
+            }
+        }
+        let r = s.read.o.read_with(&mut s.home)?;
+        for (step, r) in steps.iter_mut().zip(r.chunks_exact(c)) {
+            step.out.r = r.into();
+        }
+        Ok(())
     }
 
     /// Boundary probability of each of `tokens` read from the start of a text, for people to look
@@ -657,8 +746,21 @@ pub struct TrunkState {
 }
 
 impl TrunkState {
-    /// Gives the trunk of this state buffers of its own, as large as those of `like`, to be
-    /// overwritten.
+    /// Gives this state buffers of its own, as large as those of `like`, to be overwritten.
+    pub fn own(&mut self, device: &Device, like: &TrunkState) -> Result<()> {
+        own(device, &mut self.active, like.active.len())?;
+        self.last = None;
+        self.own_trunk(device, like)
+    }
+
+    /// The buffers: of the blocks, then the active memory.
+    pub fn buffers(&self) -> impl Iterator<Item = &Buffer> {
+        let blocks = self.blocks.iter();
+        let blocks = blocks.flat_map(|b| [&*b.state, &*b.conv]);
+        blocks.chain([&*self.active])
+    }
+
+    /// As [`TrunkState::own`], of the trunk alone.
     fn own_trunk(&mut self, device: &Device, like: &TrunkState) -> Result<()> {
         self.blocks
             .resize_with(like.blocks.len(), BlockState::default);

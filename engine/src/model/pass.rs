@@ -1,7 +1,9 @@
 //! One pass: the rows of several sequences that go through the layers together, the buffers they
 //! pass through, and the two places where a row meets its own sequence's memory.
 
+use super::Forward;
 use crate::error::Result;
+use crate::memory::trunk::TrunkScratch;
 use crate::memory::{Memory, Plan, Recall, RecallScratch, Source};
 use crate::ops::{Buffer, Ops, Part, Rows};
 use crate::weights::{Layer, Weights};
@@ -32,6 +34,8 @@ pub struct Scratch {
     pub logits: Buffer,
     /// What recurrent memories compute with.
     pub recall: RecallScratch,
+    /// What the compressor of `nodes` steps with.
+    pub trunk: TrunkScratch,
 }
 
 /// Rows of all sequences, stacked.
@@ -79,6 +83,9 @@ impl<'a> Pass<'a> {
                 let from_start = |v: &Visible| Visible { raw_begin: 0, ..*v };
                 everything = visible.iter().map(from_start).collect();
             }
+            if memory.trunk_step().is_some() {
+                rows.steps.push(rows.pos.len() - 1);
+            }
             let (n_always, top_k) = memory.ranking();
             rows.parts.push(Part {
                 rows: start..rows.pos.len(),
@@ -122,6 +129,9 @@ impl<'a> Pass<'a> {
                 device.resize(buffer, len)?;
             }
         }
+        if let (Some(nodes), n @ 1..) = (&w.nodes, rows.steps.len()) {
+            nodes.make_room(device, &mut s.trunk, n)?;
+        }
         device.fill(&mut s.x, n * hp.n_embd, |x| {
             let entries = plans.iter().flat_map(|plan| {
                 let entry = |e| (e, &plan.embeds);
@@ -147,6 +157,17 @@ impl<'a> Pass<'a> {
             hidden: false,
             memories,
         })
+    }
+
+    /// Runs what the plans have left to the pass, and the layers.
+    pub fn run(&mut self, forward: Forward) {
+        let s = &mut *self.s;
+        let steps = self.memories.iter_mut().filter_map(|m| m.trunk_step());
+        let mut steps: Vec<_> = steps.collect();
+        if let (Some(nodes), [_, ..]) = (&self.w.nodes, &steps[..]) {
+            nodes.step(self.ops, &mut s.trunk, &s.x, &self.rows, &mut steps);
+        }
+        forward(self);
     }
 
     /// Rows in the pass.

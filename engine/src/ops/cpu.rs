@@ -403,7 +403,7 @@ impl Ops for Cpu {
     }
 
     fn run(&self, pass: &mut Pass<'_>, forward: Forward) -> Result<()> {
-        forward(pass);
+        pass.run(forward);
         Ok(())
     }
 
@@ -457,6 +457,17 @@ impl Ops for Cpu {
             x.host_mut().copy_within(from, to * width);
         }
         x.set_len(rows.out.len() * width);
+    }
+
+    fn take_rows(&self, x: &Buffer, width: usize, rows: &Rows, out: &mut Buffer) {
+        let x = x.host();
+        for (row, to) in rows
+            .steps
+            .iter()
+            .zip(out.host_mut().chunks_exact_mut(width))
+        {
+            to.copy_from_slice(&x[row * width..(row + 1) * width]);
+        }
     }
 
     fn best(

@@ -178,6 +178,9 @@ pub trait Ops: Send + Sync {
     /// Keeps the rows of `x` `[n, width]` whose logits are wanted.
     fn keep_rows(&self, x: &mut Buffer, width: usize, rows: &Rows);
 
+    /// `out[i] = x[rows.steps[i]]` for rows of `x` `[n, width]`.
+    fn take_rows(&self, x: &Buffer, width: usize, rows: &Rows, out: &mut Buffer);
+
     /// The `k` largest numbers of some `rows` of `x` `[n, n_cols]`, ascending, with their places:
     /// largest first, of equals the lowest place. NaN and minus infinity do not count, so a row may
     /// have fewer. `k` is in `1..=`[`MOST_BEST`]; waits for the device.

@@ -163,6 +163,7 @@ impl Cuda {
         let mut key = vec![
             rows.n() as u64,
             rows.out.len() as u64,
+            rows.steps.len() as u64,
             at.max_cells as u64,
             at.max_ranked as u64,
         ];
@@ -268,13 +269,13 @@ impl Ops for Cuda {
         // What failed while the pass was planned.
         self.check()?;
         let Some(key) = self.key(pass) else {
-            forward(pass);
+            pass.run(forward);
             return self.check();
         };
         let mut graphs = lock(&self.graphs);
         let launched = match graphs.find(&key, self.card.epoch()) {
             None => {
-                forward(pass);
+                pass.run(forward);
                 graphs.insert(key, Known::Seen);
                 self.failure()
             }
@@ -284,7 +285,7 @@ impl Ops for Cuda {
             }
             Some(Known::Seen) => {
                 let graph = self.card.dev.capture(|| {
-                    forward(pass);
+                    pass.run(forward);
                     self.failure()
                 });
                 graph.and_then(|graph| {
@@ -392,6 +393,14 @@ impl Ops for Cuda {
             self.keep(copied);
         }
         x.set_len(n);
+    }
+
+    fn take_rows(&self, x: &Buffer, width: usize, rows: &Rows, out: &mut Buffer) {
+        let arena = lock(&self.arena);
+        let (x, steps) = (x.card().view(), arena.steps(rows.on_card()));
+        let out = out.card_mut().view_mut();
+        let dev = &self.card.dev;
+        self.keep(cuda::get_rows::copy_rows(dev, x, width, steps, out));
     }
 
     fn best(

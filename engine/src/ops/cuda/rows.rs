@@ -27,6 +27,7 @@ pub struct CardRows {
     n: usize,
     n_parts: usize,
     out: Range<usize>,
+    steps: Range<usize>,
     /// Slots of each layer's cells `[n_layer, n]` and, behind `gates`, of their gates.
     slots: usize,
     gates: usize,
@@ -75,6 +76,8 @@ impl Arena {
         }
         let out = words.len()..words.len() + rows.out.len();
         words.extend(rows.out.iter().map(|&row| row as u32));
+        let steps = words.len()..words.len() + rows.steps.len();
+        words.extend(rows.steps.iter().map(|&row| row as u32));
 
         let slots = words.len();
         let cells = |layer: usize, region: Region, words: &mut Vec<u32>, pool: &mut _| {
@@ -171,6 +174,7 @@ impl Arena {
             n,
             n_parts: stores.len(),
             out,
+            steps,
             slots,
             gates,
             recalls,
@@ -203,6 +207,10 @@ impl Arena {
 
     pub(super) fn out(&self, at: &CardRows) -> cuda::View<'_, u32> {
         self.words().slice(at.out.clone())
+    }
+
+    pub(super) fn steps(&self, at: &CardRows) -> cuda::View<'_, u32> {
+        self.words().slice(at.steps.clone())
     }
 
     /// Cells of the rows of one layer.
