@@ -84,8 +84,8 @@ pub trait Pieces: Send + Sync {
 pub enum Source {
     /// A token of the vocabulary.
     Token(u32),
-    /// Row of [`Plan::embeds`].
-    Embed(usize),
+    /// The next of the slots of the nodes that [`Plan::readouts`] make.
+    Slot,
 }
 
 /// One entry of the main sequence: one row of the pass.
@@ -111,8 +111,9 @@ pub struct Plan {
     pub n_tokens: usize,
     /// Rows in order.
     pub entries: Vec<Entry>,
-    /// Embeddings of slots, `[n, n_embd]`.
-    pub embeds: Vec<f32>,
+    /// Last readouts `[n, c]` of the active memory over closed segments: the pass makes the slots of
+    /// their nodes, so many for each, which are among the entries in this order.
+    pub readouts: Vec<f32>,
     /// Raw cells that [`Memory::recall`] takes in; those of the pass itself included.
     pub recalls: Range<u64>,
 }

@@ -3,13 +3,14 @@
 //!
 //! It runs where the model runs. The decider's heads stay on the host: they are a dot product for
 //! each token, or two small matrices, and what they decide is control work. Home come the trunk's
-//! outputs, for a trained decider, and the readouts, each once a chunk; slots' embeddings go to the
-//! pass with those of tokens.
+//! outputs, for a trained decider, and the readouts, each once a chunk; slots are made of readouts in
+//! the pass that they join.
 //!
 //! The trunk reads token embeddings only, so all cuts of a prompt are known before the model
 //! runs. Of a token that comes alone nothing is needed before the next one comes: the pass it
-//! belongs to runs the compressor over it, together with those of other sequences. Its recurrences always take the step-by-step form: their cost is a thousandth of the
-//! model's, and the cuts come out the same however a prompt is chunked.
+//! belongs to runs the compressor over it, together with those of other sequences. Its recurrences
+//! always take the step-by-step form: their cost is a thousandth of the model's, and the cuts come
+//! out the same however a prompt is chunked.
 
 use crate::error::{Error, Result};
 use crate::hparams::Hparams;
@@ -486,18 +487,20 @@ impl NodeTensors {
         Ok(r[(n - 1) * c..].into())
     }
 
-    /// Slot embeddings `[n, n_slots, n_embd]` of readouts `rs` `[n, c]`.
-    pub fn slots(&self, ops: &dyn Ops, s: &mut TrunkScratch, rs: &[f32]) -> Result<Vec<f32>> {
-        let n = rs.len() / self.width;
-        if n == 0 {
-            return Ok(Vec::new());
-        }
-        let device = ops.device();
+    /// Sends readouts `rs` `[n, c]` of closed segments, and makes room for the slots of their nodes.
+    pub fn send_readouts(&self, device: &Device, s: &mut TrunkScratch, rs: &[f32]) -> Result<()> {
         device.fill(&mut s.closed, rs.len(), |to| to.copy_from_slice(rs))?;
-        device.resize(&mut s.slots, n * self.slot.len())?;
+        let n = rs.len() / self.width;
+        device.resize(&mut s.slots, n * self.slot.len())
+    }
+
+    /// Makes the slots of the readouts sent: their embeddings become rows [`Rows::node_slots`] of `x`
+    /// `[n, n_embd]`.
+    pub fn put_slots(&self, ops: &dyn Ops, s: &mut TrunkScratch, rows: &Rows, x: &mut Buffer) {
+        let n = s.closed.len() / self.width;
         ops.mul_mat(&s.closed, 0..n, &mut [(&self.map, &mut s.slots)]);
         ops.add_bias(&mut s.slots, &self.slot);
-        s.slots.read()
+        ops.put_rows(&s.slots, self.in_norm.len(), rows, x);
     }
 }
 

@@ -86,6 +86,9 @@ impl<'a> Pass<'a> {
             if memory.trunk_step().is_some() {
                 rows.steps.push(rows.pos.len() - 1);
             }
+            let slots = plan.entries.iter().enumerate();
+            let slots = slots.filter(|(_, e)| e.source == Source::Slot);
+            rows.node_slots.extend(slots.map(|(i, _)| start + i));
             let (n_always, top_k) = memory.ranking();
             rows.parts.push(Part {
                 rows: start..rows.pos.len(),
@@ -129,20 +132,22 @@ impl<'a> Pass<'a> {
                 device.resize(buffer, len)?;
             }
         }
-        if let (Some(nodes), n @ 1..) = (&w.nodes, rows.steps.len()) {
-            nodes.make_room(device, &mut s.trunk, n)?;
+        if let Some(nodes) = &w.nodes {
+            let readouts = plans.iter().flat_map(|plan| &plan.readouts);
+            let readouts: Vec<f32> = readouts.copied().collect();
+            if !rows.steps.is_empty() {
+                nodes.make_room(device, &mut s.trunk, rows.steps.len())?;
+            }
+            if !readouts.is_empty() {
+                nodes.send_readouts(device, &mut s.trunk, &readouts)?;
+            }
         }
         device.fill(&mut s.x, n * hp.n_embd, |x| {
-            let entries = plans.iter().flat_map(|plan| {
-                let entry = |e| (e, &plan.embeds);
-                plan.entries.iter().map(entry)
-            });
-            for ((entry, embeds), row) in entries.zip(x.chunks_exact_mut(hp.n_embd)) {
-                match entry.source {
-                    Source::Token(id) => w.token_embd.read_row(id as usize, row),
-                    Source::Embed(i) => {
-                        row.copy_from_slice(&embeds[i * hp.n_embd..][..hp.n_embd]);
-                    }
+            let entries = plans.iter().flat_map(|plan| &plan.entries);
+            for (entry, row) in entries.zip(x.chunks_exact_mut(hp.n_embd)) {
+                // Slots are made where the pass runs.
+                if let Source::Token(id) = entry.source {
+                    w.token_embd.read_row(id as usize, row);
                 }
             }
         })?;
@@ -161,11 +166,16 @@ impl<'a> Pass<'a> {
 
     /// Runs what the plans have left to the pass, and the layers.
     pub fn run(&mut self, forward: Forward) {
-        let s = &mut *self.s;
-        let steps = self.memories.iter_mut().filter_map(|m| m.trunk_step());
-        let mut steps: Vec<_> = steps.collect();
-        if let (Some(nodes), [_, ..]) = (&self.w.nodes, &steps[..]) {
-            nodes.step(self.ops, &mut s.trunk, &s.x, &self.rows, &mut steps);
+        let (rows, s) = (&self.rows, &mut *self.s);
+        if let Some(nodes) = &self.w.nodes {
+            let steps = self.memories.iter_mut().filter_map(|m| m.trunk_step());
+            let mut steps: Vec<_> = steps.collect();
+            if !rows.node_slots.is_empty() {
+                nodes.put_slots(self.ops, &mut s.trunk, rows, &mut s.x);
+            }
+            if !steps.is_empty() {
+                nodes.step(self.ops, &mut s.trunk, &s.x, rows, &mut steps);
+            }
         }
         forward(self);
     }

@@ -470,6 +470,13 @@ impl Ops for Cpu {
         }
     }
 
+    fn put_rows(&self, from: &Buffer, width: usize, rows: &Rows, x: &mut Buffer) {
+        let x = x.host_mut();
+        for (row, from) in rows.node_slots.iter().zip(from.host().chunks_exact(width)) {
+            x[row * width..(row + 1) * width].copy_from_slice(from);
+        }
+    }
+
     fn best(
         &self,
         x: &Buffer,

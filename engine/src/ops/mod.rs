@@ -181,6 +181,9 @@ pub trait Ops: Send + Sync {
     /// `out[i] = x[rows.steps[i]]` for rows of `x` `[n, width]`.
     fn take_rows(&self, x: &Buffer, width: usize, rows: &Rows, out: &mut Buffer);
 
+    /// `x[rows.node_slots[i]] = from[i]` for rows of `x` `[n, width]`.
+    fn put_rows(&self, from: &Buffer, width: usize, rows: &Rows, x: &mut Buffer);
+
     /// The `k` largest numbers of some `rows` of `x` `[n, n_cols]`, ascending, with their places:
     /// largest first, of equals the lowest place. NaN and minus infinity do not count, so a row may
     /// have fewer. `k` is in `1..=`[`MOST_BEST`]; waits for the device.

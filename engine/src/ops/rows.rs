@@ -13,6 +13,8 @@ pub struct Rows {
     pub out: Vec<usize>,
     /// Rows of tokens that a compressor steps over in the pass, ascending.
     pub steps: Vec<usize>,
+    /// Rows of the slots of nodes made in the pass, ascending.
+    pub node_slots: Vec<usize>,
     /// One sequence's rows each.
     pub parts: Vec<Part>,
     /// Where a card finds all this.

@@ -37,17 +37,12 @@ impl Nodes {
         let children = &self.nodes[first..first + n];
         let tensors = self.tensors();
         let rs: Vec<f32> = children.iter().flat_map(|n| n.r.iter().copied()).collect();
-        let (r, embeds) = {
-            let s = &mut *tensors.scratch();
-            let r = tensors.fold_readouts(ops, s, &mut spare, &rs)?;
-            let embeds = tensors.slots(ops, s, &r)?;
-            (r, embeds)
-        };
+        let r = tensors.fold_readouts(ops, &mut tensors.scratch(), &mut spare, &rs)?;
         let last = &children[n - 1];
         let n_kept = self.store.n_kept();
         let raw_end = self.store.raw_end();
         let entries = (0..tensors.n_slots).map(|j| Entry {
-            source: Source::Embed(j),
+            source: Source::Slot,
             token: None,
             pos: last.pos + j as u32,
             cell: Cell::Kept(j),
@@ -59,7 +54,7 @@ impl Nodes {
         });
         let plan = Plan {
             entries: entries.collect(),
-            embeds,
+            readouts: r.to_vec(),
             ..Plan::default()
         };
         // The new slots lie behind all others and take their children's place.

@@ -413,7 +413,6 @@ impl Nodes {
             n_tokens: n,
             ..Plan::default()
         };
-        let mut rs = Vec::new();
         let mut new_nodes = Vec::new();
         let (mut kept, mut raw) = (0, 0);
         let (n_kept, raw_end) = (self.store.n_kept(), self.store.raw_end());
@@ -433,7 +432,7 @@ impl Nodes {
                     let end = raw_end + raw as u64;
                     let window = end.saturating_sub(cfg.window as u64);
                     plan.entries.push(Entry {
-                        source: Source::Embed(rs.len() / c * n_slots + (state.pos - pos) as usize),
+                        source: Source::Slot,
                         token: None,
                         pos: state.pos,
                         cell: Cell::Kept(kept),
@@ -462,7 +461,7 @@ impl Nodes {
                     pos,
                     n_cells,
                 });
-                rs.extend_from_slice(&last.r);
+                plan.readouts.extend_from_slice(&last.r);
                 state.close(n_slots, raw_end + raw as u64);
             }
             if i == n {
@@ -499,7 +498,6 @@ impl Nodes {
             let r = r.get(i * c..(i + 1) * c).unwrap_or_default();
             state.take(tokens[i], p, r.into());
         }
-        plan.embeds = tensors.slots(ops, s, &rs)?;
         let next = Next {
             state,
             new_nodes,

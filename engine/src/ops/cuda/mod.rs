@@ -164,6 +164,7 @@ impl Cuda {
             rows.n() as u64,
             rows.out.len() as u64,
             rows.steps.len() as u64,
+            rows.node_slots.len() as u64,
             at.max_cells as u64,
             at.max_ranked as u64,
         ];
@@ -401,6 +402,14 @@ impl Ops for Cuda {
         let out = out.card_mut().view_mut();
         let dev = &self.card.dev;
         self.keep(cuda::get_rows::copy_rows(dev, x, width, steps, out));
+    }
+
+    fn put_rows(&self, from: &Buffer, width: usize, rows: &Rows, x: &mut Buffer) {
+        let arena = lock(&self.arena);
+        let (from, slots) = (from.card().view(), arena.node_slots(rows.on_card()));
+        let x = x.card_mut().view_mut();
+        let dev = &self.card.dev;
+        self.keep(cuda::get_rows::put_rows(dev, from, width, slots, x));
     }
 
     fn best(

@@ -28,6 +28,7 @@ pub struct CardRows {
     n_parts: usize,
     out: Range<usize>,
     steps: Range<usize>,
+    node_slots: Range<usize>,
     /// Slots of each layer's cells `[n_layer, n]` and, behind `gates`, of their gates.
     slots: usize,
     gates: usize,
@@ -78,6 +79,8 @@ impl Arena {
         words.extend(rows.out.iter().map(|&row| row as u32));
         let steps = words.len()..words.len() + rows.steps.len();
         words.extend(rows.steps.iter().map(|&row| row as u32));
+        let node_slots = words.len()..words.len() + rows.node_slots.len();
+        words.extend(rows.node_slots.iter().map(|&row| row as u32));
 
         let slots = words.len();
         let cells = |layer: usize, region: Region, words: &mut Vec<u32>, pool: &mut _| {
@@ -175,6 +178,7 @@ impl Arena {
             n_parts: stores.len(),
             out,
             steps,
+            node_slots,
             slots,
             gates,
             recalls,
@@ -211,6 +215,10 @@ impl Arena {
 
     pub(super) fn steps(&self, at: &CardRows) -> cuda::View<'_, u32> {
         self.words().slice(at.steps.clone())
+    }
+
+    pub(super) fn node_slots(&self, at: &CardRows) -> cuda::View<'_, u32> {
+        self.words().slice(at.node_slots.clone())
     }
 
     /// Cells of the rows of one layer.
