@@ -9,7 +9,7 @@ use crate::report::{self, Report};
 use anyhow::{Context, Result, bail};
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::ops::Peak;
-use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
+use mneme_engine::{Engine, Error, Feed, Sequence, SequenceOptions, Want};
 use mneme_kernels::dispatch;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -240,16 +240,19 @@ impl Bench<'_> {
         self.step(seq, at, n, Want::Last)
     }
 
-    /// Seconds to decode `n` tokens one by one.
+    /// Seconds to decode `n` tokens one by one, each to the likeliest next one: what greedy sampling
+    /// takes.
     fn decode(&mut self, seq: &mut Sequence, at: usize, n: usize) -> Result<f64> {
-        (at..at + n).try_fold(0.0, |sum, i| Ok(sum + self.step(seq, i, 1, Want::Last)?))
+        (at..at + n).try_fold(0.0, |sum, i| Ok(sum + self.step(seq, i, 1, Want::Best(1))?))
     }
 
     fn step(&mut self, seq: &mut Sequence, at: usize, n: usize, want: Want) -> Result<f64> {
         interrupt::check()?;
         let tokens = &self.tokens[at..at + n];
         let start = Instant::now();
-        self.engine.step(&mut [Feed { seq, tokens, want }])?;
+        let feed = Feed { seq, tokens, want };
+        let done = self.engine.step_or_blame(&mut [feed]);
+        done.map_err(Error::from)?;
         Ok(start.elapsed().as_secs_f64())
     }
 
