@@ -11,6 +11,8 @@ pub enum Isa {
     Neon,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// [`Isa::Avx2`] with dot products of bytes (AVX-VNNI).
+    AvxVnni,
     /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
     Avx512,
     /// [`Isa::Avx512`] with AMX tiles for 8-bit integers and BF16, allowed by the kernel.
@@ -24,6 +26,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avx-vnni",
             Isa::Avx512 => "avx512",
             Isa::Amx => "amx",
         }
@@ -51,6 +54,9 @@ fn detect() -> Vec<Isa> {
         return found;
     }
     found.push(Isa::Avx2);
+    if is_x86_feature_detected!("avxvnni") {
+        found.push(Isa::AvxVnni);
+    }
     let avx512 = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")

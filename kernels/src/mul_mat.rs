@@ -197,8 +197,8 @@ impl Packed {
 
     /// How its activations are quantised, if they are and in blocks of `block_len`.
     fn quantize(&self, block_len: usize) -> Option<QuantizeRow> {
-        let (_, row) = cpu::mul_mat(self.isa)?;
-        (self.ty.block_len() == block_len).then_some(row)
+        let kernels = cpu::mul_mat(self.isa)?;
+        (self.ty.block_len() == block_len).then_some(kernels.quantize_row)
     }
 }
 
@@ -231,7 +231,8 @@ pub fn mul_mat(pool: &Pool, x: &[f32], n_tokens: usize, mats: &mut [(&Packed, &m
     CALL.with_borrow_mut(|call| call.run(pool, x, n_tokens, mats));
 }
 
-/// Activations of a run of tokens that should stay in a core's second-level cache, in bytes.
+/// Activations of a run of tokens that should stay in a core's second-level cache, in bytes. (Pairs of
+/// panels read them half as often, and may take them from the third.)
 const RUN_BYTES: usize = 1 << 20;
 /// Most tokens of a run: their running sums should leave the first level to the weights.
 const RUN_TOKENS: usize = 512;
@@ -263,8 +264,14 @@ impl Call {
                 quants.fill(pool, x, n_tokens, row);
             }
         }
-        let row_bytes = x.len() / n_tokens;
-        let run = (RUN_BYTES / row_bytes / GROUP * GROUP).clamp(GROUP, RUN_TOKENS);
+        let in_pairs =
+            |w: &Packed| cpu::mul_mat(w.isa).is_some_and(|kernels| n_tokens >= kernels.pairs_from);
+        let run = if mats.iter().all(|(w, _)| in_pairs(w)) {
+            RUN_TOKENS
+        } else {
+            let row_bytes = x.len() / n_tokens;
+            (RUN_BYTES / row_bytes / GROUP * GROUP).clamp(GROUP, RUN_TOKENS)
+        };
         let runs = n_tokens.div_ceil(run);
         let mut units = Vec::with_capacity(mats.len());
         let mut n_panels = 0;
@@ -278,11 +285,13 @@ impl Call {
                 256 => Tokens::Quants(&self.blocks_of_256),
                 _ => Tokens::F32(x),
             };
-            let end = n_panels + w.n_rows.div_ceil(ROWS);
+            let rows = if in_pairs(w) { 2 * ROWS } else { ROWS };
+            let end = n_panels + w.n_rows.div_ceil(rows);
             units.push(Matrix {
                 w,
                 x: tokens,
                 out: SplitMut::new(out),
+                rows,
                 panels: n_panels..end,
             });
             n_panels = end;
@@ -290,7 +299,7 @@ impl Call {
         // Runs outermost: a thread goes on with the activations it has just read.
         let n = runs * n_panels;
         let grain = (n / (8 * pool.n_threads())).clamp(1, 16);
-        pool.for_each(n, grain, |range| {
+        pool.for_each_in_parts(n, grain, |range| {
             SCRATCH.with_borrow_mut(|scratch| {
                 for i in range {
                     let (i, panel) = (i / n_panels, i % n_panels);
@@ -304,19 +313,24 @@ impl Call {
     }
 }
 
-/// A matrix of a call, with its panels' numbers among those of all matrices.
+/// A matrix of a call.
 struct Matrix<'a> {
     w: &'a Packed,
     x: Tokens<'a>,
     out: SplitMut<'a, f32>,
+    /// Rows that are worked on at once: those of a panel or of two.
+    rows: usize,
+    /// Numbers of its panels (or pairs) among those of all matrices.
     panels: Range<usize>,
 }
 
 impl Matrix<'_> {
     fn panel(&self, panel: usize, tokens: Range<usize>, scratch: &mut Scratch) {
         let w = self.w;
-        let first = (panel - self.panels.start) * ROWS;
-        let bytes = &w.bytes[first / ROWS * w.panel_bytes..][..w.panel_bytes];
+        let first = (panel - self.panels.start) * self.rows;
+        let rows = self.rows.min(w.n_rows - first);
+        let bytes = &w.bytes[first / ROWS * w.panel_bytes..];
+        let bytes = &bytes[..rows.div_ceil(ROWS) * w.panel_bytes];
         let panel = Panel {
             ty: w.ty,
             n_cols: w.n_cols,
@@ -325,12 +339,12 @@ impl Matrix<'_> {
             tokens,
             out: self.out.at(first),
             stride: w.n_rows,
-            rows: ROWS.min(w.n_rows - first),
+            rows,
         };
-        let (mul_mat, _) = cpu::mul_mat(w.isa).expect("checked by run");
-        // SAFETY: the instruction set is available (`cpu::mul_mat`), the bytes are a panel of
-        // this type, and each run of a panel is claimed by one thread.
-        unsafe { mul_mat(&panel, scratch) }
+        let kernels = cpu::mul_mat(w.isa).expect("checked by run");
+        // SAFETY: the instruction set is available (`cpu::mul_mat`), the bytes are one panel or two
+        // of this type, and each run of a panel is claimed by one thread.
+        unsafe { (kernels.panel)(&panel, scratch) }
     }
 }
 

@@ -190,6 +190,34 @@ impl Pool {
         self.region(&body, 0);
     }
 
+    /// [`Pool::for_each`] for work whose neighbours lie beside each other in memory: each thread goes
+    /// through a part of its own from its start, `grain` at a time, and then helps with the others'.
+    /// Two threads that read one stream in turns get less from memory than with a stream each.
+    ///
+    /// # Panics
+    /// If `f` does.
+    pub fn for_each_in_parts(&self, n: usize, grain: usize, f: impl Fn(Range<usize>) + Sync) {
+        let (grain, n_parts) = (grain.max(1), self.n_threads());
+        if n <= grain || n_parts == 1 {
+            return self.for_each(n, grain, f);
+        }
+        let bound = |part: usize| n / n_parts * part + part.min(n % n_parts);
+        let next: Vec<AtomicUsize> = (0..n_parts).map(|p| AtomicUsize::new(bound(p))).collect();
+        let body = |thread: usize| {
+            for part in (thread..n_parts).chain(0..thread) {
+                let end = bound(part + 1);
+                loop {
+                    let start = next[part].fetch_add(grain, Ordering::Relaxed);
+                    if start >= end {
+                        break;
+                    }
+                    f(start..(start + grain).min(end));
+                }
+            }
+        };
+        self.region(&body, 0);
+    }
+
     /// Runs `body` on the caller and on every worker that comes before the caller is done; waits
     /// for at least `n_needed` workers to come.
     fn region(&self, body: &(dyn Fn(usize) + Sync), n_needed: usize) {
@@ -341,7 +369,12 @@ mod tests {
                         seen[i].fetch_add(1, Ordering::Relaxed);
                     }
                 });
-                assert!(seen.iter().all(|s| s.load(Ordering::Relaxed) == 1));
+                pool.for_each_in_parts(n, grain, |range| {
+                    for i in range {
+                        seen[i].fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                assert!(seen.iter().all(|s| s.load(Ordering::Relaxed) == 2));
             }
         }
     }

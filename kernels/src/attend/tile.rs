@@ -8,14 +8,13 @@ use crate::pool::Pool;
 use crate::split::SplitMut;
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Rows (query, head) that share one pass over the cells: enough that converting a page and
 /// fetching it from memory is paid once for many products, few enough to stay in the L2 cache.
 const TILE_ROWS: usize = 128;
 /// Rows whose queries lie interleaved, as the widest micro-kernel reads them.
 pub(crate) const ROWS: usize = 8;
-/// The same for 16-bit integer queries.
-pub(crate) const ROWS_Q8: usize = 4;
 /// Largest magnitude of a 16-bit query: both its bytes, the lower one signed, stay in range.
 const Q16_MAX: f32 = 32639.0;
 
@@ -89,14 +88,14 @@ pub(crate) struct Tile {
     pub(crate) ty_v: KvType,
     /// Queries times `scale * log2(e)`, `[row / ROWS][dim_k][ROWS]`.
     pub(crate) q: Buffer,
-    /// Queries as integers, `[row / ROWS_Q8][dim / 4][high, low][ROWS_Q8]` words of 4 bytes.
+    /// Queries as 16-bit integers, `[row / ROWS][dim / 4][even, odd][ROWS]` words: numbers 0 and 2
+    /// of four neighbours, then 1 and 3.
     pub(crate) q16: Vec<i32>,
-    /// -128 times the sum of a block's high and low bytes, `[row][dim / 32][2]`: undoes the bias
-    /// of stored keys.
+    /// -128 times the sum of a block's integers, `[row][dim / 32]`: undoes the bias of stored keys.
     pub(crate) q16_bias: Vec<i32>,
     /// What an integer of `q16` is worth, `[row]`.
     pub(crate) q16_step: Vec<f32>,
-    /// The same, `[row / ROWS][dim / BLOCK][high, low][ROWS][BLOCK]` bytes.
+    /// The integers as two signed bytes, `[row / ROWS][dim / BLOCK][high, low][ROWS][BLOCK]`.
     pub(crate) q8: Vec<u8>,
     /// Scores in units of log 2, then weights, `[row][PAGE_CELLS]`.
     pub(crate) s: Buffer,
@@ -129,6 +128,8 @@ pub(crate) struct Tile {
     rank: Vec<f32>,
     chosen: Vec<u64>,
     order: Vec<u32>,
+    /// Number of the call, and the task in it, whose queries these are.
+    started: (u64, usize),
 }
 
 thread_local! {
@@ -237,6 +238,8 @@ pub(crate) fn attend(
         first_row.push(first_row.last().expect("starts with 0") + rows);
     }
     let mut partial = vec![0f32; first_row.last().expect("starts with 0") * row_len];
+    static CALLS: AtomicU64 = AtomicU64::new(1);
+    let number = CALLS.fetch_add(1, Ordering::Relaxed);
     {
         let partial = SplitMut::new(&mut partial);
         pool.for_each(items.len(), 1, |range| {
@@ -247,7 +250,11 @@ pub(crate) fn attend(
                 let rows =
                     unsafe { partial.part(first_row[i] * row_len..first_row[i + 1] * row_len) };
                 TILE.with_borrow_mut(|tile| {
-                    tile.start(&call, &cells[task.seq], task);
+                    // A thread's next partition is mostly one of the same task.
+                    if tile.started != (number, t) {
+                        tile.start(&call, &cells[task.seq], task);
+                        tile.started = (number, t);
+                    }
                     tile.partition(&call, &cells[task.seq], task, part);
                     tile.save(rows);
                 });
@@ -335,12 +342,14 @@ impl Tile {
             rank: Vec::new(),
             chosen: Vec::new(),
             order: Vec::new(),
+            started: (0, 0),
         }
     }
 
     /// Sizes the tile for a task and empties the total.
     fn shape(&mut self, call: &Call<'_>, task: &Task) {
         let n = task.queries.len() * call.group;
+        self.started = (0, 0);
         self.n_rows = n;
         self.dim_k = call.layout.head_dim_k;
         self.dim_v = call.layout.dim_v_padded();
@@ -392,44 +401,53 @@ impl Tile {
         }
     }
 
-    /// Queries as 16-bit integers in two signed bytes.
+    /// Fills `q16`, its biases and steps.
     fn quantize_q(&mut self) {
         let dim = self.dim_k;
         let n_blocks = dim.div_ceil(BLOCK);
         let n_words = n_blocks * BLOCK / 4;
         let q = self.q.slice(self.n_rows.next_multiple_of(ROWS) * dim);
+        let (groups, _) = q.as_chunks::<ROWS>();
         self.q16.clear();
         self.q16
-            .resize(self.n_rows.next_multiple_of(ROWS_Q8) * n_words * 2, 0);
-        self.q16_bias.clear();
-        self.q16_bias.resize(self.n_rows * n_blocks * 2, 0);
+            .resize(self.n_rows.next_multiple_of(ROWS) * n_words * 2, 0);
+        self.q16_bias.resize(self.n_rows * n_blocks, 0);
         self.q16_step.resize(self.n_rows, 0.0);
-        for row in 0..self.n_rows {
-            let at = |i: usize| row / ROWS * ROWS * dim + i * ROWS + row % ROWS;
-            let largest = (0..dim).fold(0f32, |m, i| m.max(q[at(i)].abs()));
-            let inverse = if largest > 0.0 {
-                Q16_MAX / largest
-            } else {
-                0.0
-            };
-            self.q16_step[row] = largest / Q16_MAX;
-            for word in 0..n_words {
-                let (mut high, mut low) = ([0i8; 4], [0i8; 4]);
-                for byte in 0..4 {
-                    let i = word * 4 + byte;
-                    if i < dim {
-                        let x = round(q[at(i)] * inverse);
-                        high[byte] = ((x + 128) >> 8) as i8;
-                        low[byte] = (x - (i32::from(high[byte]) << 8)) as i8;
+        for first in (0..self.n_rows).step_by(ROWS) {
+            // Rows side by side, as they lie; what stands for missing ones is not read.
+            let n = ROWS.min(self.n_rows - first);
+            let q = &groups[first / ROWS * dim..][..dim];
+            let mut largest = [0f32; ROWS];
+            for x in q {
+                for r in 0..ROWS {
+                    largest[r] = largest[r].max(x[r].abs());
+                }
+            }
+            let inverse = largest.map(|l| if l > 0.0 { Q16_MAX / l } else { 0.0 });
+            for r in 0..n {
+                self.q16_step[first + r] = largest[r] / Q16_MAX;
+            }
+            for b in 0..n_blocks {
+                let mut sum = [0; ROWS];
+                for word in b * BLOCK / 4..(b + 1) * BLOCK / 4 {
+                    let mut x = [[0; ROWS]; 4];
+                    for (j, x) in x.iter_mut().enumerate() {
+                        let Some(q) = q.get(word * 4 + j) else { break };
+                        for r in 0..ROWS {
+                            // What is not a number becomes some number of 16 bits.
+                            x[r] = i32::from(round(q[r] * inverse[r]) as i16);
+                            sum[r] += x[r];
+                        }
+                    }
+                    let to = &mut self.q16[q16_word(first, word, n_words)..][..2 * ROWS];
+                    for r in 0..ROWS {
+                        to[r] = (x[0][r] & 0xffff) | (x[2][r] << 16);
+                        to[ROWS + r] = (x[1][r] & 0xffff) | (x[3][r] << 16);
                     }
                 }
-                let to = row / ROWS_Q8 * ROWS_Q8 * n_words * 2 + word * 2 * ROWS_Q8;
-                let lane = row % ROWS_Q8;
-                self.q16[to + lane] = i32::from_le_bytes(high.map(|b| b as u8));
-                self.q16[to + ROWS_Q8 + lane] = i32::from_le_bytes(low.map(|b| b as u8));
-                let bias = &mut self.q16_bias[(row * n_blocks + word * 4 / BLOCK) * 2..];
-                bias[0] -= 128 * high.iter().map(|&b| i32::from(b)).sum::<i32>();
-                bias[1] -= 128 * low.iter().map(|&b| i32::from(b)).sum::<i32>();
+                for r in 0..n {
+                    self.q16_bias[(first + r) * n_blocks + b] = -128 * sum[r];
+                }
             }
         }
     }
@@ -443,13 +461,16 @@ impl Tile {
             .resize(self.n_rows.next_multiple_of(ROWS) * n_blocks * BLOCK * 2, 0);
         for row in 0..self.n_rows {
             for word in 0..n_words {
-                let from =
-                    row / ROWS_Q8 * ROWS_Q8 * n_words * 2 + word * 2 * ROWS_Q8 + row % ROWS_Q8;
+                let from = q16_word(row, word, n_words);
+                let (even, odd) = (self.q16[from], self.q16[from + ROWS]);
+                let x = [even << 16 >> 16, odd << 16 >> 16, even >> 16, odd >> 16];
+                let high = x.map(|x| ((x + 128) >> 8) as i8);
                 let group = (row / ROWS * n_blocks + word * 4 / BLOCK) * 2 * ROWS;
-                for low in 0..2 {
-                    let to = (group + low * ROWS + row % ROWS) * BLOCK + word * 4 % BLOCK;
-                    let bytes = self.q16[from + low * ROWS_Q8].to_le_bytes();
-                    self.q8[to..][..4].copy_from_slice(&bytes);
+                let to = (group + row % ROWS) * BLOCK + word * 4 % BLOCK;
+                for i in 0..4 {
+                    let low = x[i] - (i32::from(high[i]) << 8);
+                    self.q8[to + i] = high[i] as u8;
+                    self.q8[to + ROWS * BLOCK + i] = low as u8;
                 }
             }
         }
@@ -644,6 +665,11 @@ impl Tile {
 fn round(x: f32) -> i32 {
     const MAGIC: f32 = 12_582_912.0;
     (x + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
+}
+
+/// Where `q16` has the even numbers of word `word` of a row; the odd ones are `ROWS` on.
+fn q16_word(row: usize, word: usize, n_words: usize) -> usize {
+    (row / ROWS * n_words + word) * 2 * ROWS + row % ROWS
 }
 
 /// Bits `0..n`, all of them from 64 on.

@@ -9,6 +9,8 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod fetch;
 mod lanes;
 pub(crate) mod mul_mat;
 #[cfg(target_arch = "aarch64")]
@@ -33,8 +35,14 @@ pub(crate) type Turns = unsafe fn(u32, &[f32], f32, &mut [f32], &mut [f32]);
 /// The rotated part of a head, cosines, sines.
 pub(crate) type Rope = unsafe fn(RopeKind, &mut [f32], &[f32], &[f32]);
 
-/// A panel times its tokens.
-pub(crate) type MulMat = unsafe fn(&Panel<'_>, &mut Scratch);
+/// `mul_mat` of an instruction set.
+pub(crate) struct MulMat {
+    /// One panel times its tokens; or a pair of them.
+    pub(crate) panel: unsafe fn(&Panel<'_>, &mut Scratch),
+    pub(crate) quantize_row: QuantizeRow,
+    /// Fewest tokens for which panels are worked on in pairs.
+    pub(crate) pairs_from: usize,
+}
 
 /// Stops a caller that names an instruction set this machine lacks.
 pub(crate) fn check(isa: Isa) {
@@ -49,7 +57,7 @@ pub(crate) fn rms_norm(isa: Isa) -> RmsNorm {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::rms_norm::rms_norm,
+        Isa::Avx2 | Isa::AvxVnni => avx2::rms_norm::rms_norm,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => avx512::rms_norm::rms_norm,
         #[cfg(target_arch = "aarch64")]
@@ -62,7 +70,7 @@ pub(crate) fn swiglu(isa: Isa) -> Swiglu {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::swiglu::swiglu,
+        Isa::Avx2 | Isa::AvxVnni => avx2::swiglu::swiglu,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => avx512::swiglu::swiglu,
         #[cfg(target_arch = "aarch64")]
@@ -75,7 +83,7 @@ pub(crate) fn add(isa: Isa) -> Add {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::add::add,
+        Isa::Avx2 | Isa::AvxVnni => avx2::add::add,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => avx512::add::add,
         #[cfg(target_arch = "aarch64")]
@@ -88,7 +96,7 @@ pub(crate) fn rope(isa: Isa) -> (Turns, Rope) {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => (avx2::rope::turns, avx2::rope::rope),
+        Isa::Avx2 | Isa::AvxVnni => (avx2::rope::turns, avx2::rope::rope),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => (avx512::rope::turns, avx512::rope::rope),
         #[cfg(target_arch = "aarch64")]
@@ -98,17 +106,39 @@ pub(crate) fn rope(isa: Isa) -> (Turns, Rope) {
 }
 
 /// `None` for plain Rust, which works on the file's own rows.
-pub(crate) fn mul_mat(isa: Isa) -> Option<(MulMat, QuantizeRow)> {
+pub(crate) fn mul_mat(isa: Isa) -> Option<MulMat> {
     check(isa);
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => Some((avx2::mul_mat::panel, avx2::mul_mat::quantize_row)),
+        Isa::Avx2 => Some(MulMat {
+            panel: avx2::mul_mat::panel::<false>,
+            quantize_row: avx2::mul_mat::quantize_row,
+            pairs_from: usize::MAX,
+        }),
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => Some(MulMat {
+            panel: avx2::mul_mat::panel::<true>,
+            quantize_row: avx2::mul_mat::quantize_row,
+            pairs_from: usize::MAX,
+        }),
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => Some((neon::mul_mat::panel, neon::mul_mat::quantize_row)),
+        Isa::Neon => Some(MulMat {
+            panel: neon::mul_mat::panel,
+            quantize_row: neon::mul_mat::quantize_row,
+            pairs_from: usize::MAX,
+        }),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => Some((avx512::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        Isa::Avx512 => Some(MulMat {
+            panel: avx512::mul_mat::panel,
+            quantize_row: avx512::mul_mat::quantize_row,
+            pairs_from: avx512::mul_mat::PAIRS_FROM,
+        }),
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx => Some((amx::mul_mat::panel, avx512::mul_mat::quantize_row)),
+        Isa::Amx => Some(MulMat {
+            panel: amx::mul_mat::panel,
+            quantize_row: avx512::mul_mat::quantize_row,
+            pairs_from: usize::MAX,
+        }),
         _ => None,
     }
 }
@@ -122,7 +152,7 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => Some(avx512::attend::KERNELS),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => Some(avx2::attend::KERNELS),
+        Isa::Avx2 | Isa::AvxVnni => Some(avx2::attend::KERNELS),
         // NEON is part of every AArch64: the lanes need no further caller.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => Some(lanes::attend::KERNELS),
@@ -147,7 +177,7 @@ pub(crate) fn recur(isa: Isa) -> HeadKernels {
             chunked_from: usize::MAX,
         },
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => HeadKernels {
+        Isa::Avx2 | Isa::AvxVnni => HeadKernels {
             recurrent: avx2::recur::recurrent,
             chunked: Chunked::Head(avx2::recur::chunked),
             chunked_from: usize::MAX,

@@ -21,11 +21,12 @@ pub(crate) enum Tokens<'a> {
     Quants(&'a Quants),
 }
 
-/// The work of one thread at a time: 16 rows of weights times a run of tokens.
+/// The work of one thread at a time: 16 rows of weights, or two such panels one after the other,
+/// times a run of tokens.
 pub(crate) struct Panel<'a> {
     pub(crate) ty: WeightType,
     pub(crate) n_cols: usize,
-    /// The panel's bytes (`mul_mat::layout`), all of them readable.
+    /// The panels' bytes (`mul_mat::layout`), all of them readable.
     pub(crate) bytes: *const u8,
     pub(crate) x: Tokens<'a>,
     /// Which tokens of `x`.
@@ -33,11 +34,30 @@ pub(crate) struct Panel<'a> {
     /// The panel's first row of token 0; token `t` is `t * stride` numbers on.
     pub(crate) out: *mut f32,
     pub(crate) stride: usize,
-    /// Rows to write, 1..=16.
+    /// Rows to write: up to 16, or up to 32 of two panels.
     pub(crate) rows: usize,
 }
 
 impl Panel<'_> {
+    /// Whether there are two panels.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn is_pair(&self) -> bool {
+        self.rows > ROWS
+    }
+
+    /// One panel of a pair: the first or the second.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn of_pair(&self, i: usize) -> Self {
+        let bytes = crate::mul_mat::layout::panel_bytes(self.ty, self.n_cols).unwrap_or(0);
+        Panel {
+            bytes: self.bytes.wrapping_add(i * bytes),
+            out: self.out.wrapping_add(i * ROWS),
+            rows: (self.rows - i * ROWS).min(ROWS),
+            tokens: self.tokens.clone(),
+            ..*self
+        }
+    }
+
     /// The same panel times other tokens.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn with_tokens(&self, tokens: Range<usize>) -> Self {
@@ -83,13 +103,17 @@ impl Scratch {
         }
     }
 
-    /// Sums for `n` tokens, contents undefined, and room for unpacked weights of type `W`.
+    /// Sums of `P` panels for `n` tokens, contents undefined, and room for unpacked weights of
+    /// type `W`.
     ///
     /// # Safety
     /// `W` is plain numbers, at most 64-byte aligned: any bytes are a value of it.
-    pub(crate) unsafe fn parts<W>(&mut self, n: usize) -> (&mut [[f32; ROWS]], &mut W) {
+    pub(crate) unsafe fn parts<const P: usize, W>(
+        &mut self,
+        n: usize,
+    ) -> (&mut [[[f32; ROWS]; P]], &mut W) {
         const { assert!(align_of::<W>() <= VECTOR) };
-        self.acc.reserve(n * VECTOR);
+        self.acc.reserve(n * P * VECTOR);
         self.unpacked.reserve(size_of::<W>());
         // SAFETY: both are large enough, aligned to 64, and hold plain numbers.
         unsafe {
@@ -107,11 +131,22 @@ pub(crate) type Tile = unsafe fn(WeightType, &Unpacked, Range<usize>, Group, &mu
 /// Turns places in IQ4_NL's table into its values.
 pub(crate) type LookUp = unsafe fn(&mut [[u8; VECTOR]]);
 
+/// Widens 16 F16 scales.
+pub(crate) type Halves = unsafe fn(&[[u8; 2]; ROWS], &mut [f32; ROWS]);
+
+/// [`Halves`] of instruction sets without a form of their own.
+#[cfg(target_arch = "aarch64")]
+pub(crate) unsafe fn halves(bytes: &[[u8; 2]; ROWS], out: &mut [f32; ROWS]) {
+    for r in 0..ROWS {
+        out[r] = f16::from_le_bytes(bytes[r]).to_f32();
+    }
+}
+
 /// A panel times its tokens for instruction sets without forms of their own for few and many
 /// tokens: 256 columns at a time, unpacked, `TOKENS` tokens by `tile`.
 ///
 /// # Safety
-/// `p` describes live memory; `tile` and `look_up` may be called on this machine.
+/// `p` describes live memory; `tile`, `look_up` and `halves` may be called on this machine.
 #[inline(always)]
 pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
     p: &Panel<'_>,
@@ -119,16 +154,28 @@ pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
     scratch: &mut Scratch,
     tile: Tile,
     look_up: LookUp,
+    halves: Halves,
 ) {
     // SAFETY: Unpacked is plain numbers.
-    let (acc, unpacked) = unsafe { scratch.parts::<Unpacked>(p.tokens.len()) };
+    let (acc, unpacked) = unsafe { scratch.parts::<1, Unpacked>(p.tokens.len()) };
+    let acc = acc.as_flattened_mut();
     acc.fill([0.0; ROWS]);
     let block_len = p.ty.block_len();
     let n_blocks = p.n_cols / block_len;
-    for b in (0..n_blocks).step_by(256 / block_len) {
-        let blocks = b..(b + 256 / block_len).min(n_blocks);
+    // With a single token memory is asked for the next blocks while some are multiplied: few at a time.
+    let some = if p.tokens.len() == 1 && block_len == 32 {
+        4
+    } else {
+        256 / block_len
+    };
+    for b in (0..n_blocks).step_by(some) {
+        let blocks = b..(b + some).min(n_blocks);
+        #[cfg(target_arch = "x86_64")]
+        if p.tokens.len() == 1 {
+            crate::cpu::fetch::fetch_blocks(p, blocks.clone());
+        }
         // SAFETY: the panel has these blocks.
-        unsafe { unpack(p, blocks.clone(), unpacked, look_up) };
+        unsafe { unpack(p, blocks.clone(), unpacked, look_up, halves) };
         let mut t = p.tokens.start;
         while t < p.tokens.end {
             let in_group = t % GROUP;
@@ -155,19 +202,22 @@ pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
 /// Unpacks blocks of a panel that make up to 256 columns.
 ///
 /// # Safety
-/// The panel has these blocks; `look_up` may be called.
+/// The panel has these blocks; `look_up` and `widen` may be called.
 #[inline(always)]
-unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked, look_up: LookUp) {
+unsafe fn unpack(
+    p: &Panel<'_>,
+    blocks: Range<usize>,
+    to: &mut Unpacked,
+    look_up: LookUp,
+    widen: Halves,
+) {
     let vector = |at: *const u8| -> &[u8; VECTOR] {
         // SAFETY: only vectors of the panel's blocks are asked for.
         unsafe { &*at.cast() }
     };
     let halves = |at: *const u8, out: &mut [f32; ROWS]| {
         // SAFETY: only scales of the panel's blocks are asked for.
-        let bytes: &[[u8; 2]; ROWS] = unsafe { &*at.cast() };
-        for r in 0..ROWS {
-            out[r] = f16::from_le_bytes(bytes[r]).to_f32();
-        }
+        unsafe { widen(&*at.cast(), out) }
     };
     for (i, b) in blocks.enumerate() {
         if p.ty.sub_minima() == 0 {
@@ -220,9 +270,9 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked, look_up
                     unpack_nibbles(block.wrapping_add(4 * s * VECTOR), words, vector);
                     // SAFETY: passed on.
                     unsafe { look_up(words) };
-                    let scales = vector(block.wrapping_add(IQ4_XS_SCALES + s / 4 * VECTOR));
+                    let scales = lanes(vector(block.wrapping_add(IQ4_XS_SCALES + s / 4 * VECTOR)));
                     for r in 0..ROWS {
-                        to.scales[s][r] = i32::from(scales[4 * r + s % 4] as i8);
+                        to.scales[s][r] = (scales[r] << (24 - s % 4 * 8)) as i32 >> 24;
                     }
                 }
             }
@@ -230,11 +280,11 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked, look_up
                 let block = p.bytes.wrapping_add(b * Q2_K_BLOCK);
                 unpack_pairs(block, to, vector);
                 for s in 0..16 {
-                    let bytes = vector(block.wrapping_add(Q2_K_SCALES + s / 4 * VECTOR));
+                    let bytes = lanes(vector(block.wrapping_add(Q2_K_SCALES + s / 4 * VECTOR)));
                     for r in 0..ROWS {
-                        let byte = bytes[4 * r + s % 4];
-                        to.scales[s][r] = i32::from(byte & 15);
-                        to.mins[s / 2][2 * r + s % 2] = i16::from(byte >> 4);
+                        let byte = bytes[r] >> (s % 4 * 8);
+                        to.scales[s][r] = (byte & 15) as i32;
+                        to.mins[s / 2][2 * r + s % 2] = (byte >> 4 & 15) as i16;
                     }
                 }
                 halves(block.wrapping_add(Q2_K_D), &mut to.d[0]);
@@ -273,6 +323,13 @@ unsafe fn unpack(p: &Panel<'_>, blocks: Range<usize>, to: &mut Unpacked, look_up
     }
 }
 
+/// A vector as a word of four bytes for each row.
+#[inline(always)]
+fn lanes(vector: &[u8; VECTOR]) -> [u32; ROWS] {
+    let (words, _) = vector.as_chunks::<4>();
+    std::array::from_fn(|r| u32::from_le_bytes(words[r]))
+}
+
 /// Four vectors of Q4_0's words become eight of one quant a byte.
 #[inline(always)]
 fn unpack_nibbles<'a>(
@@ -302,13 +359,26 @@ fn unpack_q4_k<'a>(
     }
     let [scale, min, top] =
         std::array::from_fn(|i| vector(block.wrapping_add(Q4_K_SCALES + i * VECTOR)));
+    let (scale, min, top) = (lanes(scale), lanes(min), lanes(top));
+    let mut mins = [[0; ROWS]; 4];
     for r in 0..ROWS {
+        // Of sub-blocks 0 to 3 and 4 to 7, a byte each.
+        let low = scale[r] & 0x3f3f_3f3f;
+        let high = (top[r] & 0x0f0f_0f0f) | ((scale[r] >> 2) & 0x3030_3030);
         for s in 0..4 {
-            let i = 4 * r + s;
-            to.scales[s][r] = i32::from(scale[i] & 63);
-            to.scales[s + 4][r] = i32::from((top[i] & 15) | ((scale[i] >> 6) << 4));
-            to.mins[s / 2][2 * r + s % 2] = i16::from(min[i] & 63);
-            to.mins[2 + s / 2][2 * r + s % 2] = i16::from((top[i] >> 4) | ((min[i] >> 6) << 4));
+            to.scales[s][r] = (low >> (8 * s) & 255) as i32;
+            to.scales[s + 4][r] = (high >> (8 * s) & 255) as i32;
+        }
+        let low = min[r] & 0x3f3f_3f3f;
+        let high = ((top[r] >> 4) & 0x0f0f_0f0f) | ((min[r] >> 2) & 0x3030_3030);
+        for (i, word) in [low, low >> 16, high, high >> 16].into_iter().enumerate() {
+            mins[i][r] = (word & 255) | ((word & 0xff00) << 8);
+        }
+    }
+    for (to, pairs) in to.mins.iter_mut().zip(mins) {
+        let (to, _) = to.as_chunks_mut::<2>();
+        for r in 0..ROWS {
+            to[r] = [pairs[r] as i16, (pairs[r] >> 16) as i16];
         }
     }
     halves(block.wrapping_add(Q4_K_D), &mut to.d[0]);
@@ -346,9 +416,9 @@ fn signed_scales<'a>(
     vector: impl Fn(*const u8) -> &'a [u8; VECTOR],
 ) {
     for s in 0..16 {
-        let scales = vector(words.wrapping_add(s / 4 * VECTOR));
+        let scales = lanes(vector(words.wrapping_add(s / 4 * VECTOR)));
         for r in 0..ROWS {
-            to.scales[s][r] = i32::from(scales[4 * r + s % 4] as i8);
+            to.scales[s][r] = (scales[r] << (24 - s % 4 * 8)) as i32 >> 24;
         }
     }
 }

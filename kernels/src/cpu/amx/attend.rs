@@ -100,8 +100,7 @@ unsafe fn score_rows(tile: &mut Tile, first: usize, keys: *const u8, half: usize
             for r in 0..ROWS {
                 // Rows beyond the last repeat it; a constant number keeps `score` in registers.
                 let row = first + r.min(n_rows - 1);
-                let bias = tile.q16_bias.as_ptr().add((row * n_blocks + b) * 2);
-                let bias = _mm512_set1_epi32((*bias << 8).wrapping_add(*bias.add(1)));
+                let bias = _mm512_set1_epi32(*tile.q16_bias.as_ptr().add(row * n_blocks + b));
                 for j in 0..2 {
                     let high = sums.add(j * SUMS + r * 16);
                     let low = _mm512_load_si512(high.add(ROWS * 16).cast());
@@ -147,7 +146,9 @@ unsafe fn weigh(tile: &mut Tile, values: *const u8, seen: u64) {
                 let values = values.add(chunk * V_BLOCK_BYTES);
                 let steps = tile.wide.ptr().add(chunk % 2 * tile.n_rows);
                 ask(tile, values, V_BLOCK_BYTES / 2);
-                vectors::integer_weights::<true>(tile, values.add(PAGE_CELLS * BLOCK), steps);
+                let scales = values.add(PAGE_CELLS * BLOCK);
+                let first = vectors::steps_of(scales, tile.seen[0]);
+                vectors::integer_weights::<true>(tile, scales, &first, steps);
                 for group in 0..n_groups {
                     let sums = (chunk % 2 * n_groups + group) * 2 * SUMS;
                     sum_values(tile, group, values, sums);

@@ -80,7 +80,8 @@ unsafe fn release() {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 unsafe fn tiles(p: &Panel<'_>, tokens: Range<usize>, x: &Quants, scratch: &mut Scratch) {
     // SAFETY: Work is plain numbers.
-    let (acc, work) = unsafe { scratch.parts::<Work>(tokens.len().next_multiple_of(GROUP)) };
+    let (acc, work) = unsafe { scratch.parts::<1, Work>(tokens.len().next_multiple_of(GROUP)) };
+    let acc = acc.as_flattened_mut();
     acc.fill([0.0; ROWS]);
     let block_len = p.ty.block_len();
     let n_blocks = p.n_cols / block_len;

@@ -1,9 +1,11 @@
-//! `mul_mat` with `vpmaddubsw`: a panel's 16 rows in two vectors of eight.
+//! `mul_mat` with `vpmaddubsw`, or with `VNNI` in AVX's encoding `vpdpbusd`: a panel's 16 rows in two
+//! vectors of eight.
 
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked, by_chunks};
 use crate::mul_mat::activations::{self, Group, Parts, Place};
 use crate::mul_mat::layout::{ROWS, VECTOR};
 use crate::quant::{IQ4_VALUES, WeightType};
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -25,9 +27,10 @@ pub(crate) unsafe fn quantize_row(x: &[f32], at: &Place, parts: &Parts<'_>) {
 /// One panel times the unit's tokens.
 ///
 /// # Safety
-/// The instruction set is available; `p` describes live memory (see [`Panel`]).
+/// The instruction set is available, with `VNNI` that of [`crate::dispatch::Isa::AvxVnni`]; `p`
+/// describes live memory (see [`Panel`]).
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
+pub(crate) unsafe fn panel<const VNNI: bool>(p: &Panel<'_>, scratch: &mut Scratch) {
     // SAFETY: passed on; the tokens' kind is the type's (`Panel`).
     unsafe {
         match p.x {
@@ -36,7 +39,24 @@ pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
                 WeightType::F16 => float::<F16>(p, x),
                 _ => float::<BF16>(p, x),
             },
-            Tokens::Quants(x) => by_chunks::<TILE>(p, x, scratch, tile, look_up),
+            Tokens::Quants(x) => {
+                by_chunks::<TILE>(p, x, scratch, tile::<VNNI>, look_up, halves);
+            }
+        }
+    }
+}
+
+/// Widens 16 F16 scales.
+///
+/// # Safety
+/// The instruction set is available.
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn halves(bytes: &[[u8; 2]; ROWS], out: &mut [f32; ROWS]) {
+    for i in 0..2 {
+        // SAFETY: eight of sixteen numbers.
+        unsafe {
+            let half = _mm_loadu_si128(bytes.as_ptr().add(LANES * i).cast());
+            _mm256_storeu_ps(out.as_mut_ptr().add(LANES * i), _mm256_cvtph_ps(half));
         }
     }
 }
@@ -58,7 +78,7 @@ unsafe fn look_up(words: &mut [[u8; VECTOR]]) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile(
+unsafe fn tile<const VNNI: bool>(
     ty: WeightType,
     w: &Unpacked,
     blocks: Range<usize>,
@@ -68,33 +88,39 @@ unsafe fn tile(
     // SAFETY: as `by_chunks` promises.
     unsafe {
         match acc.as_chunks_mut::<TILE>().0.first_mut() {
-            Some(acc) => tile_n::<TILE>(ty, w, blocks, x, acc),
-            None => tile_n::<1>(ty, w, blocks, x, &mut acc.as_chunks_mut::<1>().0[0]),
+            Some(acc) => tile_n::<TILE, VNNI>(ty, w, blocks, x, acc),
+            None => tile_n::<1, VNNI>(ty, w, blocks, x, &mut acc.as_chunks_mut::<1>().0[0]),
         }
     }
 }
 
+/// The last number is how many words' pairs of products fit into 16 bits together: two products of
+/// an activation of 127 and the type's largest quant each.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile_n<const T: usize>(
+unsafe fn tile_n<const T: usize, const VNNI: bool>(
     ty: WeightType,
     w: &Unpacked,
     blocks: Range<usize>,
     x: Group,
     acc: &mut [[f32; ROWS]; T],
 ) {
+    let b = blocks.start;
     // SAFETY: as `by_chunks` promises.
     unsafe {
         match ty {
-            WeightType::Q8_0 | WeightType::Q5_0 | WeightType::IQ4_NL => {
-                dot32::<T, SIGNED>(w, blocks, x, acc);
+            WeightType::Q8_0 | WeightType::IQ4_NL => {
+                dot32::<T, VNNI, SIGNED, 1>(w, blocks, x, acc);
             }
-            WeightType::Q4_0 => dot32::<T, ZERO_AT_8>(w, blocks, x, acc),
-            WeightType::Q4_1 | WeightType::Q5_1 => dot32::<T, MINIMA>(w, blocks, x, acc),
-            WeightType::IQ4_XS => dot256::<T, SIGNED>(w, blocks.start, x, acc),
-            WeightType::Q2_K => dot256::<T, MINIMA_OF_16>(w, blocks.start, x, acc),
-            WeightType::Q4_K | WeightType::Q5_K => dot256::<T, MINIMA>(w, blocks.start, x, acc),
-            _ => dot256::<T, ZERO_AT_32>(w, blocks.start, x, acc),
+            WeightType::Q5_0 => dot32::<T, VNNI, SIGNED, 8>(w, blocks, x, acc),
+            WeightType::Q4_0 => dot32::<T, VNNI, ZERO_AT_8, 8>(w, blocks, x, acc),
+            WeightType::Q4_1 => dot32::<T, VNNI, MINIMA, 8>(w, blocks, x, acc),
+            WeightType::Q5_1 => dot32::<T, VNNI, MINIMA, 4>(w, blocks, x, acc),
+            WeightType::IQ4_XS => dot256::<T, VNNI, SIGNED, 1>(w, b, x, acc),
+            WeightType::Q2_K => dot256::<T, VNNI, MINIMA_OF_16, 4>(w, b, x, acc),
+            WeightType::Q4_K => dot256::<T, VNNI, MINIMA, 8>(w, b, x, acc),
+            WeightType::Q5_K => dot256::<T, VNNI, MINIMA, 4>(w, b, x, acc),
+            _ => dot256::<T, VNNI, ZERO_AT_32, 1>(w, b, x, acc),
         }
     }
 }
@@ -123,17 +149,153 @@ unsafe fn four(q: *const i8) -> __m256i {
     unsafe { _mm256_set1_epi32(q.cast::<i32>().read_unaligned()) }
 }
 
-/// `sum` plus each lane's four products. Signed quants go as magnitude times signed activation;
-/// no pair of products leaves 16 bits, as activations stop at 127.
+/// `sum` plus each lane's four products of unsigned and signed bytes.
+///
+/// # Safety
+/// The processor has AVX-VNNI.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot4<const WORDS: u8>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
-    let pairs = if WORDS == SIGNED {
-        _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
-    } else {
-        _mm256_maddubs_epi16(w, x)
-    };
-    _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+unsafe fn dpbusd(mut sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    // SAFETY: registers only; the instruction is there.
+    unsafe {
+        asm!(
+            "{{vex}} vpdpbusd {sum}, {w}, {x}",
+            sum = inout(ymm_reg) sum,
+            w = in(ymm_reg) w,
+            x = in(ymm_reg) x,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
+/// `sum` plus each lane's four products, in two pairs of 16 bits or, as `WHOLE`, in one of 32. Signed
+/// quants `w` go as magnitude `size` times signed activation; no pair of products leaves 16 bits, as
+/// activations stop at 127. By name, as compilers would bring the sums of a block into an order that
+/// needs more registers than there are.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn maddubs<const WORDS: u8, const WHOLE: bool>(
+    mut sum: __m256i,
+    w: __m256i,
+    size: __m256i,
+    x: __m256i,
+) -> __m256i {
+    let one = _mm256_set1_epi16(1);
+    macro_rules! add {
+        ($($line:literal),*; $($name:ident = $value:expr),*) => {
+            asm!(
+                $($line,)*
+                sum = inout(ymm_reg) sum,
+                x = in(ymm_reg) x,
+                t = out(ymm_reg) _,
+                $($name = in(ymm_reg) $value,)*
+                options(pure, nomem, nostack, preserves_flags),
+            )
+        };
+    }
+    // SAFETY: registers only.
+    unsafe {
+        match (WORDS == SIGNED, WHOLE) {
+            (true, true) => add!(
+                "vpsignb {t}, {x}, {w}",
+                "vpmaddubsw {t}, {size}, {t}",
+                "vpmaddwd {t}, {t}, {one}",
+                "vpaddd {sum}, {sum}, {t}";
+                w = w, size = size, one = one
+            ),
+            (true, false) => add!(
+                "vpsignb {t}, {x}, {w}",
+                "vpmaddubsw {t}, {size}, {t}",
+                "vpaddw {sum}, {sum}, {t}";
+                w = w, size = size
+            ),
+            (false, true) => add!(
+                "vpmaddubsw {t}, {w}, {x}",
+                "vpmaddwd {t}, {t}, {one}",
+                "vpaddd {sum}, {sum}, {t}";
+                w = w, one = one
+            ),
+            (false, false) => {
+                add!("vpmaddubsw {t}, {w}, {x}", "vpaddw {sum}, {sum}, {t}"; w = w);
+            }
+        }
+    }
+    sum
+}
+
+/// Adds the products of `N` words with `T` tokens' activations at `q` to `sums`, halves of the rows
+/// side by side. Signed quants must begin at -128 times the activations' sum with `VNNI`, which takes
+/// them 128 higher.
+///
+/// # Safety
+/// `words` are `N` vectors; `q` has `4 N` bytes of each token, 64 apart.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn dot<
+    const T: usize,
+    const N: usize,
+    const VNNI: bool,
+    const WORDS: u8,
+    const RUN: usize,
+>(
+    words: *const u8,
+    q: *const i8,
+    sums: &mut [[__m256i; 2]; T],
+) {
+    let up = _mm256_set1_epi8(-128);
+    let one = _mm256_set1_epi16(1);
+    // SAFETY: passed on.
+    unsafe {
+        if VNNI {
+            for j in 0..N {
+                let mut w = [
+                    load(words.add(j * VECTOR), 0),
+                    load(words.add(j * VECTOR), 1),
+                ];
+                if WORDS == SIGNED {
+                    w = [_mm256_xor_si256(w[0], up), _mm256_xor_si256(w[1], up)];
+                }
+                for t in 0..T {
+                    let x = four(q.add(64 * t + 4 * j));
+                    sums[t][0] = dpbusd(sums[t][0], w[0], x);
+                    sums[t][1] = dpbusd(sums[t][1], w[1], x);
+                }
+            }
+            return;
+        }
+        for run in (0..N).step_by(RUN) {
+            let mut sum = [[_mm256_setzero_si256(); 2]; T];
+            for j in run..run + RUN {
+                let w = [
+                    load(words.add(j * VECTOR), 0),
+                    load(words.add(j * VECTOR), 1),
+                ];
+                let size = [_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])];
+                for t in 0..T {
+                    let x = four(q.add(64 * t + 4 * j));
+                    for i in 0..2 {
+                        if RUN == 1 {
+                            let sum = &mut sums[t][i];
+                            *sum = maddubs::<WORDS, true>(*sum, w[i], size[i], x);
+                        } else {
+                            let sum = &mut sum[t][i];
+                            *sum = maddubs::<WORDS, false>(*sum, w[i], size[i], x);
+                        }
+                    }
+                }
+            }
+            if RUN == 1 {
+                continue;
+            }
+            for t in 0..T {
+                for i in 0..2 {
+                    let whole = _mm256_madd_epi16(sum[t][i], one);
+                    sums[t][i] = _mm256_add_epi32(sums[t][i], whole);
+                }
+            }
+        }
+    }
 }
 
 /// Adds a block: `sum * (weights' scale * activations' scale)`.
@@ -168,35 +330,32 @@ unsafe fn add_minimum(acc: &mut [f32; ROWS], half: usize, m: &[f32; ROWS], dsum:
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn dot32<const T: usize, const WORDS: u8>(
+unsafe fn dot32<const T: usize, const VNNI: bool, const WORDS: u8, const RUN: usize>(
     w: &Unpacked,
     blocks: Range<usize>,
     x: Group,
     acc: &mut [[f32; ROWS]; T],
 ) {
     for (i, b) in blocks.enumerate() {
-        for half in 0..2 {
-            // SAFETY: as `by_chunks` promises.
-            unsafe {
-                let q = x.q.add(b / 2 * x.width * 64 + b % 2 * 32);
-                let mut sums = [_mm256_setzero_si256(); T];
+        // SAFETY: as `by_chunks` promises.
+        unsafe {
+            let q = x.q.add(b / 2 * x.width * 64 + b % 2 * 32);
+            let mut sums = [[_mm256_setzero_si256(); 2]; T];
+            for t in 0..T {
+                let at = b * x.width + t;
                 if WORDS == ZERO_AT_8 {
-                    for t in 0..T {
-                        sums[t] = _mm256_set1_epi32(*x.neg8.add(b * x.width + t));
-                    }
+                    sums[t] = [_mm256_set1_epi32(*x.neg8.add(at)); 2];
+                } else if WORDS == SIGNED && VNNI {
+                    sums[t] = [_mm256_set1_epi32(*x.neg128.add(at)); 2];
                 }
-                for j in 0..8 {
-                    let w = load(w.words[8 * i + j].as_ptr(), half);
-                    for t in 0..T {
-                        sums[t] = dot4::<WORDS>(sums[t], w, four(q.add(64 * t + 4 * j)));
-                    }
-                }
-                for t in 0..T {
-                    let dx = *x.d.add(b * x.width + t);
-                    end(&mut acc[t], half, sums[t], &w.d[i], dx);
+            }
+            dot::<T, 8, VNNI, WORDS, RUN>(w.words[8 * i].as_ptr(), q, &mut sums);
+            for t in 0..T {
+                let at = b * x.width + t;
+                for half in 0..2 {
+                    end(&mut acc[t], half, sums[t][half], &w.d[i], *x.d.add(at));
                     if WORDS == MINIMA {
-                        let dsum = *x.dsum.add(b * x.width + t);
-                        add_minimum(&mut acc[t], half, &w.m[i], dsum);
+                        add_minimum(&mut acc[t], half, &w.m[i], *x.dsum.add(at));
                     }
                 }
             }
@@ -210,47 +369,50 @@ unsafe fn dot32<const T: usize, const WORDS: u8>(
 /// The instruction set must be there; the block must be one of panel and tokens.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn dot256<const T: usize, const WORDS: u8>(
+unsafe fn dot256<const T: usize, const VNNI: bool, const WORDS: u8, const RUN: usize>(
     w: &Unpacked,
     b: usize,
     x: Group,
     acc: &mut [[f32; ROWS]; T],
 ) {
-    let words_per_sub = match WORDS {
-        ZERO_AT_32 | MINIMA_OF_16 => 4,
-        _ => 8,
-    };
-    for half in 0..2 {
-        // SAFETY: as `by_chunks` promises.
-        unsafe {
-            let mut total = [_mm256_setzero_si256(); T];
-            for s in 0..64 / words_per_sub {
-                let first = s * words_per_sub;
-                let q =
-                    x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
-                let mut sums = [_mm256_setzero_si256(); T];
-                if WORDS == ZERO_AT_32 {
-                    for t in 0..T {
-                        let at = 16 * (b * x.width + t) + s;
-                        sums[t] = _mm256_set1_epi32(*x.neg32.add(at));
-                    }
-                }
-                for j in 0..words_per_sub {
-                    let w = load(w.words[first + j].as_ptr(), half);
-                    for t in 0..T {
-                        sums[t] = dot4::<WORDS>(sums[t], w, four(q.add(64 * t + 4 * j)));
-                    }
-                }
-                let scale = load(w.scales[s].as_ptr().cast(), half);
-                for t in 0..T {
-                    let scaled = _mm256_mullo_epi32(sums[t], scale);
-                    total[t] = _mm256_add_epi32(total[t], scaled);
-                }
-            }
+    let of_16 = matches!(WORDS, ZERO_AT_32 | MINIMA_OF_16);
+    let words_per_sub = if of_16 { 4 } else { 8 };
+    // SAFETY: as `by_chunks` promises.
+    unsafe {
+        let mut total = [[_mm256_setzero_si256(); 2]; T];
+        for s in 0..64 / words_per_sub {
+            let first = s * words_per_sub;
+            let q =
+                x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
+            let mut sums = [[_mm256_setzero_si256(); 2]; T];
             for t in 0..T {
                 let at = b * x.width + t;
-                let dx = *x.d.add(at);
-                end(&mut acc[t], half, total[t], &w.d[0], dx);
+                if WORDS == ZERO_AT_32 {
+                    sums[t] = [_mm256_set1_epi32(*x.neg32.add(16 * at + s)); 2];
+                } else if WORDS == SIGNED && VNNI {
+                    let sum = i32::from(*x.sum32.add(8 * at + s));
+                    sums[t] = [_mm256_set1_epi32(-128 * sum); 2];
+                }
+            }
+            let words = w.words[first].as_ptr();
+            if of_16 {
+                dot::<T, 4, VNNI, WORDS, RUN>(words, q, &mut sums);
+            } else {
+                dot::<T, 8, VNNI, WORDS, RUN>(words, q, &mut sums);
+            }
+            for half in 0..2 {
+                let scale = load(w.scales[s].as_ptr().cast(), half);
+                for t in 0..T {
+                    let scaled = _mm256_mullo_epi32(sums[t][half], scale);
+                    total[t][half] = _mm256_add_epi32(total[t][half], scaled);
+                }
+            }
+        }
+        for t in 0..T {
+            let at = b * x.width + t;
+            let dx = *x.d.add(at);
+            for half in 0..2 {
+                end(&mut acc[t], half, total[t][half], &w.d[0], dx);
                 if matches!(WORDS, MINIMA | MINIMA_OF_16) {
                     let (n, sums) = if WORDS == MINIMA {
                         (8, x.sum32)

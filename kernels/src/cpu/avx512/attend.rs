@@ -1,12 +1,13 @@
 //! `attend` page by page with 16 lanes: lanes are cells while scores are made and dimensions while
 //! values are weighed, so nothing is summed across lanes but a row's weights.
 //!
-//! F16, BF16 and F32 cells are multiplied as F32. Q8_0 cells are multiplied as bytes (VNNI), with
-//! queries, and weights of a page, as 16-bit integers in two bytes: exact sums, and an error of a
-//! query or weight of at most 2^-16 of the largest one.
+//! F16, BF16 and F32 cells are multiplied as F32. Q8_0 cells, queries, and weights of a page are
+//! multiplied as 16-bit integers (VNNI): exact sums, and an error of a query or weight of at most
+//! 2^-16 of the largest one.
 
 use crate::attend::layout::{BLOCK, HALF_CELLS, K_BLOCK_BYTES, KvType, PAGE_CELLS, V_BLOCK_BYTES};
-use crate::attend::tile::{Ahead, PageKernels, ROWS, ROWS_Q8, Tile, half_seen, runs};
+use crate::attend::tile::{Ahead, PageKernels, ROWS, Tile, half_seen, runs};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 const F32: u8 = 0;
@@ -42,18 +43,36 @@ impl Ahead {
     }
 }
 
+/// `sum + a b` of pairs of 16-bit integers in every lane. By name: of the intrinsic compilers make a
+/// product and a sum, twice the work, where they know more of an operand.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dpwssd(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: registers only.
+    unsafe {
+        asm!(
+            "vpdpwssd {sum}, {a}, {b}",
+            sum = inout(zmm_reg) sum,
+            a = in(zmm_reg) a,
+            b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
 /// Calls `$f::<R, ..>` with the constant `R` equal to `$rows`.
 macro_rules! with_rows {
-    ($rows:expr, $f:ident::<$($g:tt),*> $args:tt) => {
+    ($rows:expr, $f:ident $(::<$($g:tt),*>)? ($($arg:expr),*)) => {
         match $rows {
-            1 => $f::<1, $($g),*> $args,
-            2 => $f::<2, $($g),*> $args,
-            3 => $f::<3, $($g),*> $args,
-            4 => $f::<4, $($g),*> $args,
-            5 => $f::<5, $($g),*> $args,
-            6 => $f::<6, $($g),*> $args,
-            7 => $f::<7, $($g),*> $args,
-            _ => $f::<8, $($g),*> $args,
+            1 => $f::<1 $($(, $g)*)?>($($arg),*),
+            2 => $f::<2 $($(, $g)*)?>($($arg),*),
+            3 => $f::<3 $($(, $g)*)?>($($arg),*),
+            4 => $f::<4 $($(, $g)*)?>($($arg),*),
+            5 => $f::<5 $($(, $g)*)?>($($arg),*),
+            6 => $f::<6 $($(, $g)*)?>($($arg),*),
+            7 => $f::<7 $($(, $g)*)?>($($arg),*),
+            _ => $f::<8 $($(, $g)*)?>($($arg),*),
         }
     };
 }
@@ -199,21 +218,19 @@ unsafe fn scores_q8_0(tile: &mut Tile, keys: *const u8, seen: u64) {
     let n_rows = tile.n_rows;
     let s = tile.s.ptr();
     for half in (0..2).filter(|&half| half_seen(seen, half)) {
-        for row in (0..n_rows).step_by(ROWS_Q8) {
-            let q = &tile.q16[row * n_blocks * (BLOCK / 4) * 2..];
-            let bias = &tile.q16_bias[row * n_blocks * 2..];
+        for row in (0..n_rows).step_by(ROWS) {
+            let q = &tile.q16[row * n_blocks * (BLOCK / 2)..];
+            let bias = &tile.q16_bias[row * n_blocks..];
             let step = &tile.q16_step[row..];
             let ahead = tile.ahead;
             // SAFETY: half a page holds `n_blocks` blocks; `s` has `n_rows` rows.
             unsafe {
                 let keys = keys.add(half * n_blocks * K_BLOCK_BYTES);
                 let s = s.add(row * PAGE_CELLS + half * HALF_CELLS);
-                match n_rows - row {
-                    1 => score_rows_q8_0::<1>(q, bias, step, n_blocks, keys, s, ahead),
-                    2 => score_rows_q8_0::<2>(q, bias, step, n_blocks, keys, s, ahead),
-                    3 => score_rows_q8_0::<3>(q, bias, step, n_blocks, keys, s, ahead),
-                    _ => score_rows_q8_0::<4>(q, bias, step, n_blocks, keys, s, ahead),
-                }
+                with_rows!(
+                    n_rows - row,
+                    score_rows_q8_0(q, bias, step, n_blocks, keys, s, ahead)
+                );
             }
         }
     }
@@ -231,18 +248,16 @@ unsafe fn score_rows_q8_0<const R: usize>(
     ahead: Ahead,
 ) {
     const WORDS: usize = BLOCK / 4;
-    let mut sum = [[_mm512_setzero_ps(); 2]; R];
+    let byte = _mm512_set1_epi16(0xff);
+    let mut score = [[_mm512_setzero_ps(); 2]; R];
     for b in 0..n_blocks {
-        // SAFETY: block `b` of `K_BLOCK_BYTES`; `q` and `bias` cover `n_blocks` blocks of 4 rows.
+        // SAFETY: block `b` of `K_BLOCK_BYTES`; `q` and `bias` cover `n_blocks` blocks of 8 rows.
         unsafe {
             let keys = keys.add(b * K_BLOCK_BYTES);
-            let q = q.as_ptr().add(b * WORDS * 2 * ROWS_Q8);
-            let mut high = [[_mm512_setzero_si512(); 2]; R];
-            let mut low = high;
+            let q = q.as_ptr().add(b * WORDS * 2 * ROWS);
+            let mut sum = [[_mm512_setzero_si512(); 2]; R];
             for r in 0..R {
-                let bias = bias.as_ptr().add((r * n_blocks + b) * 2);
-                high[r] = [_mm512_set1_epi32(*bias); 2];
-                low[r] = [_mm512_set1_epi32(*bias.add(1)); 2];
+                sum[r] = [_mm512_set1_epi32(*bias.as_ptr().add(r * n_blocks + b)); 2];
             }
             for word in 0..WORDS {
                 ahead.ask(keys.add(word * 128));
@@ -251,22 +266,27 @@ unsafe fn score_rows_q8_0<const R: usize>(
                     _mm512_loadu_si512(keys.add(word * 128).cast()),
                     _mm512_loadu_si512(keys.add(word * 128 + 64).cast()),
                 ];
-                let q = q.add(word * 2 * ROWS_Q8);
+                let q = q.add(word * 2 * ROWS);
+                let even = [_mm512_and_si512(k[0], byte), _mm512_and_si512(k[1], byte)];
                 for r in 0..R {
                     let x = _mm512_set1_epi32(*q.add(r));
-                    high[r][0] = _mm512_dpbusd_epi32(high[r][0], k[0], x);
-                    high[r][1] = _mm512_dpbusd_epi32(high[r][1], k[1], x);
-                    let x = _mm512_set1_epi32(*q.add(ROWS_Q8 + r));
-                    low[r][0] = _mm512_dpbusd_epi32(low[r][0], k[0], x);
-                    low[r][1] = _mm512_dpbusd_epi32(low[r][1], k[1], x);
+                    sum[r][0] = dpwssd(sum[r][0], even[0], x);
+                    sum[r][1] = dpwssd(sum[r][1], even[1], x);
+                }
+                let odd = [_mm512_srli_epi16::<8>(k[0]), _mm512_srli_epi16::<8>(k[1])];
+                for r in 0..R {
+                    let x = _mm512_set1_epi32(*q.add(ROWS + r));
+                    sum[r][0] = dpwssd(sum[r][0], odd[0], x);
+                    sum[r][1] = dpwssd(sum[r][1], odd[1], x);
                 }
             }
             let scales = keys.add(WORDS * 128);
-            for half in 0..2 {
-                let scale = load::<F16>(scales, half * 16);
-                for r in 0..R {
-                    let x = _mm512_add_epi32(_mm512_slli_epi32::<8>(high[r][half]), low[r][half]);
-                    sum[r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), scale, sum[r][half]);
+            ahead.ask(scales);
+            let scale = [load::<F16>(scales, 0), load::<F16>(scales, 16)];
+            for r in 0..R {
+                for half in 0..2 {
+                    let x = _mm512_cvtepi32_ps(sum[r][half]);
+                    score[r][half] = _mm512_fmadd_ps(x, scale[half], score[r][half]);
                 }
             }
         }
@@ -275,58 +295,106 @@ unsafe fn score_rows_q8_0<const R: usize>(
         let step = _mm512_set1_ps(step[r]);
         // SAFETY: `s` has `R` rows of `PAGE_CELLS`, of which this half takes 32.
         unsafe {
-            _mm512_storeu_ps(s.add(r * PAGE_CELLS), _mm512_mul_ps(sum[r][0], step));
-            _mm512_storeu_ps(s.add(r * PAGE_CELLS + 16), _mm512_mul_ps(sum[r][1], step));
+            _mm512_storeu_ps(s.add(r * PAGE_CELLS), _mm512_mul_ps(score[r][0], step));
+            _mm512_storeu_ps(s.add(r * PAGE_CELLS + 16), _mm512_mul_ps(score[r][1], step));
         }
     }
 }
 
-/// See [`PageKernels::soft_max`].
+/// Largest number of each of 16 vectors, in their order.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn largest_of_each(v: &[__m512; 16]) -> __m512 {
+    // In each 128 bits: two rows' halves beside each other, then four rows' wholes.
+    let mut pairs = [v[0]; 8];
+    for i in 0..8 {
+        let (a, b) = (v[2 * i], v[2 * i + 1]);
+        pairs[i] = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    let mut fours = [v[0]; 4];
+    for i in 0..4 {
+        let a = _mm512_castps_pd(pairs[2 * i]);
+        let b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_max_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+        );
+    }
+    let across = |a, b| {
+        _mm512_max_ps(
+            _mm512_shuffle_f32x4::<0x88>(a, b),
+            _mm512_shuffle_f32x4::<0xdd>(a, b),
+        )
+    };
+    across(across(fours[0], fours[1]), across(fours[2], fours[3]))
+}
+
+/// See [`PageKernels::soft_max`]. Sixteen rows' maxima and factors are found together.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn soft_max(tile: &mut Tile) {
-    let s = tile.s.ptr();
-    let l = tile.l.ptr();
-    for row in 0..tile.n_rows {
-        let seen = tile.seen[row];
-        // SAFETY: `s` has `PAGE_CELLS` and `l` 16 numbers for each row.
-        unsafe {
-            let s = s.add(row * PAGE_CELLS);
-            let l = l.add(row * 16);
-            if seen == 0 {
-                for i in 0..4 {
-                    _mm512_storeu_ps(s.add(i * 16), _mm512_setzero_ps());
-                }
-                tile.alpha[row] = 1.0;
-                tile.beta[row] = 0.0;
-                continue;
-            }
-            let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
-            let mask: [__mmask16; 4] = std::array::from_fn(|i| (seen >> (16 * i)) as __mmask16);
+    for first in (0..tile.n_rows).step_by(16) {
+        let n = (tile.n_rows - first).min(16);
+        let rows = first..first + n;
+        let s = tile.s.ptr().wrapping_add(first * PAGE_CELLS);
+        let l = tile.l.ptr().wrapping_add(first * 16);
+        let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
+        let mask = |seen: u64| -> [__mmask16; 4] {
+            std::array::from_fn(|i| (seen >> (16 * i)) as __mmask16)
+        };
+        let mut largest = [hidden; 16];
+        let mut any: __mmask16 = 0;
+        for (r, &seen) in tile.seen[rows.clone()].iter().enumerate() {
+            let mask = mask(seen);
             let mut x = [hidden; 4];
             for i in 0..4 {
-                x[i] = _mm512_mask_loadu_ps(hidden, mask[i], s.add(i * 16));
+                // SAFETY: `s` has `PAGE_CELLS` numbers for each row.
+                unsafe {
+                    let s = s.add(r * PAGE_CELLS + i * 16);
+                    x[i] = _mm512_mask_loadu_ps(hidden, mask[i], s);
+                }
             }
-            let largest = _mm512_reduce_max_ps(_mm512_max_ps(
-                _mm512_max_ps(x[0], x[1]),
-                _mm512_max_ps(x[2], x[3]),
-            ));
-            let m = _mm512_set1_ps(largest);
-            for i in 0..4 {
-                x[i] = _mm512_maskz_mov_ps(mask[i], exp2(_mm512_sub_ps(x[i], m)));
-                _mm512_storeu_ps(s.add(i * 16), x[i]);
+            largest[r] = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
+            any |= u16::from(seen != 0) << r;
+        }
+        let largest = largest_of_each(&largest);
+        let all = 0xffffu16 >> (16 - n);
+        // SAFETY: `m`, `alpha` and `beta` have a number for each of the `n` rows.
+        unsafe {
+            let old = _mm512_mask_loadu_ps(hidden, all, tile.m[rows.clone()].as_ptr());
+            let new = _mm512_max_ps(old, largest);
+            _mm512_mask_storeu_ps(tile.m[rows.clone()].as_mut_ptr(), all & any, new);
+            let alpha = exp2(_mm512_sub_ps(old, new));
+            let alpha = _mm512_mask_mov_ps(_mm512_set1_ps(1.0), any, alpha);
+            _mm512_mask_storeu_ps(tile.alpha[rows.clone()].as_mut_ptr(), all, alpha);
+            let beta = _mm512_maskz_mov_ps(any, exp2(_mm512_sub_ps(largest, new)));
+            _mm512_mask_storeu_ps(tile.beta[rows.clone()].as_mut_ptr(), all, beta);
+        }
+        let mut maxima = [0.0; 16];
+        // SAFETY: sixteen numbers.
+        unsafe { _mm512_storeu_ps(maxima.as_mut_ptr(), largest) };
+        for r in 0..n {
+            let seen = tile.seen[first + r];
+            let mask = mask(seen);
+            // SAFETY: `s` has `PAGE_CELLS` and `l` 16 numbers for each row.
+            unsafe {
+                let s = s.add(r * PAGE_CELLS);
+                let l = l.add(r * 16);
+                let m = _mm512_set1_ps(maxima[r]);
+                let mut x = [hidden; 4];
+                for i in 0..4 {
+                    let score = _mm512_sub_ps(_mm512_loadu_ps(s.add(i * 16)), m);
+                    x[i] = _mm512_maskz_mov_ps(mask[i], exp2(score));
+                    _mm512_storeu_ps(s.add(i * 16), x[i]);
+                }
+                if seen == 0 {
+                    continue;
+                }
+                let sum = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
+                let alpha = _mm512_set1_ps(tile.alpha[first + r]);
+                let beta = _mm512_set1_ps(tile.beta[first + r]);
+                let scaled = _mm512_mul_ps(_mm512_loadu_ps(l), alpha);
+                _mm512_storeu_ps(l, _mm512_fmadd_ps(sum, beta, scaled));
             }
-            let old = tile.m[row];
-            let new = old.max(largest);
-            tile.m[row] = new;
-            let to = _mm512_mask_mov_ps(_mm512_set1_ps(old), 2, m);
-            let factor = exp2(_mm512_sub_ps(to, _mm512_set1_ps(new)));
-            let alpha = _mm512_cvtss_f32(factor);
-            let beta = _mm512_cvtss_f32(_mm512_permute_ps::<1>(factor));
-            tile.alpha[row] = alpha;
-            tile.beta[row] = beta;
-            let sum = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
-            let scaled = _mm512_mul_ps(_mm512_loadu_ps(l), _mm512_set1_ps(alpha));
-            _mm512_storeu_ps(l, _mm512_fmadd_ps(sum, _mm512_set1_ps(beta), scaled));
         }
     }
 }
@@ -438,107 +506,143 @@ unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
     }
 }
 
-/// Weights of the seen cells times the cells' scales as 16-bit integers: high bytes of 64 cells, then
-/// low bytes, for each row in [`Tile::w16`]; what they are worth in `steps`. Groups of four
-/// cells lie in order, or else as [`group_at`] says.
+/// What turns weights of the cells in `seen` into integers, and what those are worth.
+#[derive(Clone, Copy)]
+pub(crate) struct Steps {
+    seen: u64,
+    /// Integers in a weight of 1 of each of 64 cells.
+    per_weight: [__m512; 4],
+    worth: f32,
+}
+
+/// Steps for 64 cells' `scales`: the largest one's weight of 1 becomes [`W_MAX`].
 ///
 /// # Safety
-/// `scales` are those of a block of values; `steps` has room for a number a row.
+/// `scales` are those of a block of values.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) unsafe fn steps_of(scales: *const u8, seen: u64) -> Steps {
+    let mut scale = [_mm512_setzero_ps(); 4];
+    for i in 0..4 {
+        let mask = (seen >> (16 * i)) as __mmask16;
+        // SAFETY: 64 scales.
+        scale[i] = _mm512_maskz_mov_ps(mask, unsafe { load::<F16>(scales, 16 * i) });
+    }
+    let largest = _mm512_reduce_max_ps(_mm512_max_ps(
+        _mm512_max_ps(scale[0], scale[1]),
+        _mm512_max_ps(scale[2], scale[3]),
+    ));
+    let inverse = if largest > 0.0 { W_MAX / largest } else { 0.0 };
+    for i in 0..4 {
+        scale[i] = _mm512_mul_ps(scale[i], _mm512_set1_ps(inverse));
+    }
+    Steps {
+        seen,
+        per_weight: scale,
+        worth: largest / W_MAX,
+    }
+}
+
+/// Weights of the seen cells times the cells' scales as integers of 15 bits, for each row in
+/// [`Tile::w16`], and what they are worth in `worth`: numbers in the order of [`word_at`], or, as
+/// `BYTES`, high bytes of 64 cells and then low bytes, in order. `first` are the first row's steps;
+/// rows of one query see the same cells.
+///
+/// # Safety
+/// `scales` are those of a block of values; `worth` has room for a number a row.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(crate) unsafe fn integer_weights<const IN_ORDER: bool>(
+pub(crate) unsafe fn integer_weights<const BYTES: bool>(
     tile: &mut Tile,
     scales: *const u8,
-    steps: *mut f32,
+    first: &Steps,
+    worth: *mut f32,
 ) {
     let s = tile.s.ptr();
     let order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    // Rows of a query see the same cells; its scales are prepared once.
-    let mut prepared = 0;
-    let mut to_step = [_mm512_setzero_ps(); 4];
-    let mut largest = 0.0;
+    // Of four neighbours the even ones first.
+    let even_first = _mm512_set4_epi32(0x0f0e_0b0a, 0x0d0c_0908, 0x0706_0302, 0x0504_0100);
+    let mut steps = *first;
     for row in 0..tile.n_rows {
-        // SAFETY: 64 scales; `w16` has 128 bytes, `s` `PAGE_CELLS` and `wide` one number a row.
+        // SAFETY: 64 scales; `w16` has 128 bytes, `s` `PAGE_CELLS` and `worth` one number a row.
         unsafe {
-            if tile.seen[row] != prepared {
-                prepared = tile.seen[row];
-                let mut scale = [_mm512_setzero_ps(); 4];
-                for i in 0..4 {
-                    let mask = (prepared >> (16 * i)) as __mmask16;
-                    scale[i] = _mm512_maskz_mov_ps(mask, load::<F16>(scales, 16 * i));
-                }
-                largest = _mm512_reduce_max_ps(_mm512_max_ps(
-                    _mm512_max_ps(scale[0], scale[1]),
-                    _mm512_max_ps(scale[2], scale[3]),
-                ));
-                let inverse = if largest > 0.0 {
-                    65535.0 / largest
-                } else {
-                    0.0
-                };
-                for i in 0..4 {
-                    to_step[i] = _mm512_mul_ps(scale[i], _mm512_set1_ps(inverse));
-                }
+            if tile.seen[row] != steps.seen {
+                steps = steps_of(scales, tile.seen[row]);
             }
             let s = s.add(row * PAGE_CELLS);
             let mut w = [_mm512_setzero_si512(); 4];
             for i in 0..4 {
-                let weight = _mm512_mul_ps(_mm512_loadu_ps(s.add(16 * i)), to_step[i]);
+                let weight = _mm512_mul_ps(_mm512_loadu_ps(s.add(16 * i)), steps.per_weight[i]);
                 w[i] = _mm512_cvtps_epi32(weight);
             }
-            let a = _mm512_packus_epi32(w[0], w[1]);
-            let b = _mm512_packus_epi32(w[2], w[3]);
-            let byte = _mm512_set1_epi16(0xff);
-            let mut low = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
-            let mut high =
-                _mm512_packus_epi16(_mm512_srli_epi16::<8>(a), _mm512_srli_epi16::<8>(b));
-            if IN_ORDER {
-                low = _mm512_permutexvar_epi32(order, low);
-                high = _mm512_permutexvar_epi32(order, high);
-            }
+            let a = _mm512_packs_epi32(w[0], w[1]);
+            let b = _mm512_packs_epi32(w[2], w[3]);
+            let (first, second) = if BYTES {
+                let byte = _mm512_set1_epi16(0xff);
+                let (a_low, b_low) = (_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+                let (a, b) = (_mm512_srli_epi16::<8>(a), _mm512_srli_epi16::<8>(b));
+                let (high, low) = (_mm512_packus_epi16(a, b), _mm512_packus_epi16(a_low, b_low));
+                (
+                    _mm512_permutexvar_epi32(order, high),
+                    _mm512_permutexvar_epi32(order, low),
+                )
+            } else {
+                (
+                    _mm512_shuffle_epi8(a, even_first),
+                    _mm512_shuffle_epi8(b, even_first),
+                )
+            };
             let to = tile.w16.as_mut_ptr().add(row * 2 * PAGE_CELLS);
-            _mm512_storeu_si512(to.cast(), high);
-            _mm512_storeu_si512(to.add(PAGE_CELLS).cast(), low);
-            steps.add(row).write(largest / 65535.0);
+            _mm512_storeu_si512(to.cast(), first);
+            _mm512_storeu_si512(to.add(PAGE_CELLS).cast(), second);
+            worth.add(row).write(steps.worth);
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn weigh_q8_0(tile: &mut Tile, values: *const u8, seen: u64) {
+unsafe fn weigh_q8_0(tile: &mut Tile, values: *const u8, seen_cells: u64) {
     let (n_rows, dim) = (tile.n_rows, tile.dim_v);
     let acc = tile.acc.ptr();
-    for chunk in 0..dim / BLOCK {
-        // SAFETY: the chunk is a block of `V_BLOCK_BYTES`; `w16` has 128 bytes and the others
-        // `dim` and one number for each row.
-        unsafe {
-            let values = values.add(chunk * V_BLOCK_BYTES);
-            let steps = tile.wide.ptr();
-            integer_weights::<false>(tile, values.add(PAGE_CELLS * BLOCK), steps);
-            for row in (0..n_rows).step_by(ROWS_Q8) {
-                let rows = RowsQ8 {
-                    w: tile.w16.as_ptr().add(row * 2 * PAGE_CELLS),
-                    step: tile.wide.ptr().add(row),
-                    acc: acc.add(row * dim + chunk * BLOCK),
-                    dim,
-                    alpha: tile.alpha.as_ptr().add(row),
-                    beta: tile.beta.as_ptr().add(row),
-                    ahead: tile.ahead,
-                };
-                match n_rows - row {
-                    1 => weigh_rows_q8_0::<1>(&rows, values, seen),
-                    2 => weigh_rows_q8_0::<2>(&rows, values, seen),
-                    3 => weigh_rows_q8_0::<3>(&rows, values, seen),
-                    _ => weigh_rows_q8_0::<4>(&rows, values, seen),
+    let n_chunks = dim / BLOCK;
+    let scales = |chunk| values.wrapping_add(chunk * V_BLOCK_BYTES + PAGE_CELLS * BLOCK);
+    // Steps wait for a maximum and a quotient: those of some chunks are made side by side.
+    const CHUNKS: usize = 4;
+    for some in (0..n_chunks).step_by(CHUNKS) {
+        let seen = tile.seen[0];
+        let last = n_chunks - 1;
+        // SAFETY: the scales of a chunk.
+        let steps: [Steps; CHUNKS] =
+            std::array::from_fn(|i| unsafe { steps_of(scales((some + i).min(last)), seen) });
+        for (i, steps) in steps.iter().enumerate().take(n_chunks - some) {
+            let chunk = some + i;
+            // SAFETY: the chunk is a block of `V_BLOCK_BYTES`; `w16` has 128 bytes and the others
+            // `dim` and one number for each row.
+            unsafe {
+                let values = values.add(chunk * V_BLOCK_BYTES);
+                let worth = tile.wide.ptr();
+                tile.ahead.ask(scales(chunk));
+                tile.ahead.ask(scales(chunk).add(64));
+                integer_weights::<false>(tile, scales(chunk), steps, worth);
+                for row in (0..n_rows).step_by(ROWS) {
+                    let rows = RowsQ8 {
+                        w: tile.w16.as_ptr().add(row * 2 * PAGE_CELLS),
+                        step: worth.add(row),
+                        acc: acc.add(row * dim + chunk * BLOCK),
+                        dim,
+                        alpha: tile.alpha.as_ptr().add(row),
+                        beta: tile.beta.as_ptr().add(row),
+                        ahead: tile.ahead,
+                    };
+                    with_rows!(n_rows - row, weigh_rows_q8_0(&rows, values, seen_cells));
                 }
             }
         }
     }
 }
 
-/// Up to four rows of a tile with integer weights, at one block of their values.
+/// Up to eight rows of a tile with integer weights, at one block of their values.
 struct RowsQ8 {
-    /// High bytes of 64 cells, then low bytes; groups of four cells in the order of
-    /// [`group_at`].
+    /// 64 cells of each row, groups of four in the order of [`word_at`].
     w: *const u8,
     /// What an integer product is worth.
     step: *const f32,
@@ -549,22 +653,24 @@ struct RowsQ8 {
     ahead: Ahead,
 }
 
-/// Where four neighbouring cells' weights end up when 32-bit lanes are packed to bytes within
-/// 128-bit lanes: a 4 x 4 transposition of the 16 groups.
-const fn group_at(group: usize) -> usize {
-    group % 4 * 4 + group / 4
+/// Largest integer weight.
+const W_MAX: f32 = 32767.0;
+
+/// First of the two words of a group of four cells' integer weights: the even cells', then the odd
+/// ones'. Packing within 128-bit lanes puts groups of two vectors beside each other.
+const fn word_at(group: usize) -> usize {
+    group / 8 * 16 + group % 4 * 4 + group / 4 % 2 * 2
 }
 
 /// [`weigh_rows`] with integer weights, 32 dimensions wide.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen: u64) {
-    let mut high = [[_mm512_setzero_si512(); 2]; R];
-    let mut low = high;
+    let mut sum = [[_mm512_setzero_si512(); 2]; R];
     for group in 0..PAGE_CELLS / 4 {
         if seen >> (4 * group) & 0xf == 0 {
             continue;
         }
-        // SAFETY: 16 groups of 4 cells x 32 dimensions, `R` rows of 2 x 64 weights.
+        // SAFETY: 16 groups of 4 cells x 32 dimensions, `R` rows of 64 weights.
         unsafe {
             rows.ahead.ask(values.add(group * 128));
             rows.ahead.ask(values.add(group * 128 + 64));
@@ -572,18 +678,21 @@ unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen
                 _mm512_loadu_si512(values.add(group * 128).cast()),
                 _mm512_loadu_si512(values.add(group * 128 + 64).cast()),
             ];
+            let w = rows.w.cast::<i32>().add(word_at(group));
+            let even = [
+                _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(v[0])),
+                _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(v[1])),
+            ];
             for r in 0..R {
-                let w = rows
-                    .w
-                    .add(r * 2 * PAGE_CELLS)
-                    .cast::<i32>()
-                    .add(group_at(group));
-                let x = _mm512_set1_epi32(w.read_unaligned());
-                high[r][0] = _mm512_dpbusd_epi32(high[r][0], x, v[0]);
-                high[r][1] = _mm512_dpbusd_epi32(high[r][1], x, v[1]);
-                let x = _mm512_set1_epi32(w.add(PAGE_CELLS / 4).read_unaligned());
-                low[r][0] = _mm512_dpbusd_epi32(low[r][0], x, v[0]);
-                low[r][1] = _mm512_dpbusd_epi32(low[r][1], x, v[1]);
+                let x = _mm512_set1_epi32(w.add(r * PAGE_CELLS / 2).read_unaligned());
+                sum[r][0] = dpwssd(sum[r][0], even[0], x);
+                sum[r][1] = dpwssd(sum[r][1], even[1], x);
+            }
+            let odd = [_mm512_srai_epi16::<8>(v[0]), _mm512_srai_epi16::<8>(v[1])];
+            for r in 0..R {
+                let x = _mm512_set1_epi32(w.add(r * PAGE_CELLS / 2 + 1).read_unaligned());
+                sum[r][0] = dpwssd(sum[r][0], odd[0], x);
+                sum[r][1] = dpwssd(sum[r][1], odd[1], x);
             }
         }
     }
@@ -593,10 +702,12 @@ unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen
             let alpha = _mm512_set1_ps(*rows.alpha.add(r));
             let beta = _mm512_set1_ps(*rows.beta.add(r) * *rows.step.add(r));
             for j in 0..2 {
-                let x = _mm512_add_epi32(_mm512_slli_epi32::<8>(high[r][j]), low[r][j]);
                 let acc = rows.acc.add(r * rows.dim + j * 16);
                 let old = _mm512_mul_ps(_mm512_loadu_ps(acc), alpha);
-                _mm512_storeu_ps(acc, _mm512_fmadd_ps(beta, _mm512_cvtepi32_ps(x), old));
+                _mm512_storeu_ps(
+                    acc,
+                    _mm512_fmadd_ps(beta, _mm512_cvtepi32_ps(sum[r][j]), old),
+                );
             }
         }
     }

@@ -6,6 +6,7 @@ pub(crate) mod mul_mat;
 pub(crate) mod mul_mat_2_bit;
 pub(crate) mod mul_mat_32;
 mod mul_mat_float;
+mod mul_mat_tile;
 pub(crate) mod recur;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;

@@ -1,13 +1,13 @@
 //! `mul_mat` with VNNI dot products: a panel's 16 rows in the lanes of one vector.
 //!
 //! The vector form (a few tokens) unpacks weights in registers, reading each once. The tile form
-//! unpacks 256 columns into the first-level cache and runs all tokens over them. Both end a
+//! (`mul_mat_tile`) unpacks 256 columns into the first-level cache and runs all tokens over them. Both end a
 //! block with the same operations (`end32`, `end256`) in the same order, so a token's result
 //! does not depend on the form; inside a block sums are integers and exact.
 
 use super::{mul_mat_2_bit, mul_mat_32};
+use crate::cpu::fetch::{fetch, fetch_scales};
 use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked};
-use crate::dispatch::roomy_l1;
 use crate::mul_mat::activations::{self, GROUP, Group, Parts, Place, Quants};
 use crate::mul_mat::layout::{
     IQ4_XS_BLOCK, IQ4_XS_SCALES, Q4_K_BLOCK, Q4_K_D, Q4_K_SCALES, Q5_K_BLOCK, Q5_K_HIGH,
@@ -19,12 +19,8 @@ use std::ops::Range;
 
 /// Most tokens for which unpacking in registers, four tokens at a time, beats the tile form.
 const VECTOR_TOKENS: usize = 4;
-/// Tokens of a register tile.
-const TILE: usize = 8;
-/// How far ahead of the vector form weights are fetched into a large L1 cache, in bytes.
-const AHEAD_L1: usize = 4096;
-/// How far ahead they are fetched into the L2 cache, where L1 is small.
-const AHEAD_L2: usize = 8192;
+/// Fewest tokens for which panels are worked on in pairs: those of the tile form.
+pub(crate) const PAIRS_FROM: usize = VECTOR_TOKENS + 1;
 
 /// [`activations::quantize_row`] in vectors, the same to the bit.
 ///
@@ -94,7 +90,7 @@ fn round_16(x: &[f32; 16], inverse: f32, q: &mut [u8; 16]) -> __m512i {
     }
 }
 
-/// One panel times the unit's tokens.
+/// One panel or a pair times the unit's tokens.
 ///
 /// # Safety
 /// The instruction set is available; `p` describes live memory (see [`Panel`]).
@@ -103,9 +99,17 @@ pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
     // SAFETY: passed on; the tokens' kind is the type's (`Panel`).
     unsafe {
         match p.x {
+            Tokens::Quants(x) if p.tokens.len() > VECTOR_TOKENS && p.is_pair() => {
+                let both = [p.of_pair(0), p.of_pair(1)];
+                super::mul_mat_tile::tile(&both, x, scratch);
+            }
+            _ if p.is_pair() => {
+                panel(&p.of_pair(0), scratch);
+                panel(&p.of_pair(1), scratch);
+            }
             Tokens::F32(x) => super::mul_mat_float::panel(p, x),
             Tokens::Quants(x) if p.tokens.len() <= VECTOR_TOKENS => vector(p, x),
-            Tokens::Quants(x) => tile(p, x, scratch),
+            Tokens::Quants(x) => super::mul_mat_tile::tile(std::array::from_ref(p), x, scratch),
         }
     }
 }
@@ -200,43 +204,6 @@ pub(super) unsafe fn four(q: *const i8) -> __m512i {
 pub(in crate::cpu) unsafe fn halves(bytes: *const u8, i: usize) -> __m512 {
     // SAFETY: the caller has that many.
     unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes.add(2 * ROWS * i).cast())) }
-}
-
-/// Asks for `n` lines of weights some way behind `bytes`: into the L1 cache if it is large, else into
-/// the L2 cache, since blocks of the K types are not read in order and 32 KiB lose what comes too
-/// early.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn fetch(bytes: *const u8, n: usize) {
-    if roomy_l1() {
-        for i in 0..n {
-            _mm_prefetch::<_MM_HINT_T0>(bytes.wrapping_add(AHEAD_L1 + i * VECTOR).cast());
-        }
-    } else {
-        for i in 0..n {
-            _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(AHEAD_L2 + i * VECTOR).cast());
-        }
-    }
-}
-
-/// Asks for the F16 scales of the block `ahead` blocks on, of the next panel after the last of
-/// this one's `n`: they are a stream of their own, too thin for the hardware to follow.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn fetch_scales(
-    scales: *const u8,
-    b: usize,
-    ahead: usize,
-    n: usize,
-    panel_bytes: usize,
-) {
-    let next = b + ahead;
-    let at = if next < n {
-        2 * ROWS * next
-    } else {
-        panel_bytes + 2 * ROWS * (next - n)
-    };
-    _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(at).cast());
 }
 
 /// Adds a block of 32: `sum * (weights' scale * activations' scale)`.
@@ -491,7 +458,7 @@ unsafe fn vector_q6_k<const T: usize>(
 /// `sum` can be read.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn neg128(sum: *const i16) -> __m512i {
+pub(super) unsafe fn neg128(sum: *const i16) -> __m512i {
     // SAFETY: passed on.
     _mm512_set1_epi32(-128 * i32::from(unsafe { *sum }))
 }
@@ -551,83 +518,6 @@ unsafe fn vector_iq4_xs<const T: usize>(
             }
         }
     }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn tile(p: &Panel<'_>, x: &Quants, scratch: &mut Scratch) {
-    let n = p.tokens.len();
-    // SAFETY: Unpacked is plain numbers.
-    let (acc, unpacked) = unsafe { scratch.parts::<Unpacked>(n) };
-    acc.fill([0.0; ROWS]);
-    let block_len = p.ty.block_len();
-    let per_chunk = 256 / block_len;
-    let n_blocks = p.n_cols / block_len;
-    let mut b = 0;
-    // SAFETY: blocks and tokens stay within the panel and its groups.
-    unsafe {
-        while b < n_blocks {
-            let blocks = b..(b + per_chunk).min(n_blocks);
-            match p.ty {
-                WeightType::Q4_K => unpack_q4_k::<false>(p.bytes.add(b * Q4_K_BLOCK), unpacked),
-                WeightType::Q5_K => unpack_q4_k::<true>(p.bytes.add(b * Q5_K_BLOCK), unpacked),
-                WeightType::Q2_K => mul_mat_2_bit::unpack::<false>(p, b, unpacked),
-                WeightType::Q3_K => mul_mat_2_bit::unpack::<true>(p, b, unpacked),
-                WeightType::Q6_K => {
-                    unpack_q6_k(p.bytes.add(b * Q6_K_BLOCK), p.scales(), b, unpacked);
-                }
-                WeightType::IQ4_XS => {
-                    unpack_iq4_xs(p.bytes.add(b * IQ4_XS_BLOCK), p.scales(), b, unpacked);
-                }
-                _ => mul_mat_32::unpack::<128>(p, blocks.clone(), &mut unpacked.words),
-            }
-            let mut t = p.tokens.start;
-            while t < p.tokens.end {
-                let in_group = t % GROUP;
-                let left = (p.tokens.end - t).min(GROUP - in_group);
-                let x = x.group(t / GROUP).at_token(in_group);
-                let acc = &mut acc[t - p.tokens.start..];
-                t += match left {
-                    TILE.. => tile_n::<TILE>(p, blocks.clone(), x, unpacked, acc),
-                    4.. => tile_n::<4>(p, blocks.clone(), x, unpacked, acc),
-                    2.. => tile_n::<2>(p, blocks.clone(), x, unpacked, acc),
-                    _ => tile_n::<1>(p, blocks.clone(), x, unpacked, acc),
-                };
-            }
-            b = blocks.end;
-        }
-        store_all(p, p.tokens.clone(), acc);
-    }
-}
-
-/// Adds one chunk's blocks for `T` tokens to `acc`; returns `T`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn tile_n<const T: usize>(
-    p: &Panel<'_>,
-    blocks: Range<usize>,
-    x: Group,
-    unpacked: &Unpacked,
-    acc: &mut [[f32; ROWS]],
-) -> usize {
-    // SAFETY: as `tile`.
-    unsafe {
-        let mut a: [__m512; T] = std::array::from_fn(|t| _mm512_loadu_ps(acc[t].as_ptr()));
-        match p.ty {
-            WeightType::Q2_K => dot256::<T, 4, 8>(unpacked, blocks.start, x, &mut a),
-            WeightType::Q4_K | WeightType::Q5_K => {
-                dot256::<T, 8, 4>(unpacked, blocks.start, x, &mut a);
-            }
-            WeightType::Q3_K | WeightType::Q6_K => {
-                dot256::<T, 4, 0>(unpacked, blocks.start, x, &mut a);
-            }
-            WeightType::IQ4_XS => dot256::<T, 8, 0>(unpacked, blocks.start, x, &mut a),
-            _ => mul_mat_32::tile(p, blocks, x, &unpacked.words, &mut a),
-        }
-        for (acc, a) in acc.iter_mut().zip(a) {
-            _mm512_storeu_ps(acc.as_mut_ptr(), a);
-        }
-    }
-    T
 }
 
 #[inline]
@@ -724,57 +614,5 @@ pub(in crate::cpu) unsafe fn unpack_iq4_xs(
             _mm512_storeu_si512(to.scales[s].as_mut_ptr().cast(), scale);
         }
         _mm512_storeu_ps(to.d[0].as_mut_ptr(), halves(scales, b));
-    }
-}
-
-/// Adds unpacked block `b` of 256 columns for `T` tokens: sub-blocks of `WORDS` words with
-/// `PAIRS` pairs of minima (Q2_K, Q4_K, Q5_K), or without and with zero at 32 (Q3_K, Q6_K) or, in
-/// sub-blocks of 32 columns, at 128 (IQ4_XS).
-///
-/// # Safety
-/// The instruction set must be there; `b` must be a block of the tokens.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn dot256<const T: usize, const WORDS: usize, const PAIRS: usize>(
-    w: &Unpacked,
-    b: usize,
-    x: Group,
-    acc: &mut [__m512; T],
-) {
-    // SAFETY: the group has these tokens and this block.
-    unsafe {
-        let mut total = [_mm512_setzero_si512(); T];
-        for s in 0..64 / WORDS {
-            let first = s * WORDS;
-            let mut v = [_mm512_setzero_si512(); WORDS];
-            for j in 0..WORDS {
-                v[j] = load(w.words[first + j].as_ptr(), 0);
-            }
-            let scale = load(w.scales[s].as_ptr().cast(), 0);
-            let q =
-                x.q.add((4 * b + first / 16) * x.width * 64 + first % 16 * 4);
-            for t in 0..T {
-                let at = b * x.width + t;
-                let mut sum = match WORDS {
-                    _ if PAIRS > 0 => _mm512_setzero_si512(),
-                    4 => _mm512_set1_epi32(*x.neg32.add(16 * at + s)),
-                    _ => neg128(x.sum32.add(8 * at + s)),
-                };
-                for j in 0..WORDS {
-                    sum = _mm512_dpbusd_epi32(sum, v[j], four(q.add(64 * t + 4 * j)));
-                }
-                total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(sum, scale));
-            }
-        }
-        let d = _mm512_loadu_ps(w.d[0].as_ptr());
-        let dmin = _mm512_loadu_ps(w.dmin.as_ptr());
-        for t in 0..T {
-            let at = b * x.width + t;
-            let dx = _mm512_set1_ps(*x.d.add(at));
-            acc[t] = end(acc[t], total[t], d, dx);
-            if PAIRS > 0 {
-                acc[t] = end_min(acc[t], unpacked_min_sum::<PAIRS>(w, x, at), dmin, dx);
-            }
-        }
     }
 }

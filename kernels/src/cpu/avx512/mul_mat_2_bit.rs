@@ -1,9 +1,8 @@
 //! `mul_mat` of the types with pairs of low bits, Q2_K and (`THREE`) Q3_K with its third bits, and
 //! VNNI dot products; `mul_mat` calls these forms.
 
-use super::mul_mat::{
-    byte_pairs, end, end_min, fetch, fetch_scales, four, halves, load, min_sum, put, q6_k_scale,
-};
+use super::mul_mat::{byte_pairs, end, end_min, four, halves, load, min_sum, put, q6_k_scale};
+use crate::cpu::fetch::{fetch, fetch_scales};
 use crate::cpu::mul_mat::{Panel, Unpacked};
 use crate::mul_mat::activations::Group;
 use crate::mul_mat::layout::{

@@ -1,9 +1,10 @@
 //! `mul_mat` of types with blocks of 32 and VNNI dot products; `mul_mat` calls these forms.
 //!
 //! The types differ in how a block's bytes become one quant a byte, where their zero is, and whether
-//! there is a minimum; `dot32` is the same for all.
+//! there is a minimum; `dot32` is the same for all. What [`unpack`] makes of them `mul_mat_tile` takes.
 
-use super::mul_mat::{end, fetch, fetch_scales, fifth_bits, four, halves, load, put};
+use super::mul_mat::{end, fifth_bits, four, halves, load, put};
+use crate::cpu::fetch::{fetch, fetch_scales};
 use crate::cpu::mul_mat::Panel;
 use crate::mul_mat::activations::Group;
 use crate::mul_mat::layout::{
@@ -13,7 +14,7 @@ use crate::quant::{IQ4_VALUES, WeightType};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Which bytes [`dot32`] finds: words as the panel has them, or unpacked ones.
+/// Which words [`dot32`] finds in a panel.
 #[repr(u8)]
 enum Words {
     Q8_0,
@@ -22,10 +23,6 @@ enum Words {
     Q5_0,
     Q5_1,
     Iq4Nl,
-    /// Unsigned bytes with zero at 128.
-    Unpacked,
-    /// Unsigned bytes of a type with minima.
-    UnpackedMinima,
 }
 const Q8_0: u8 = Words::Q8_0 as u8;
 const Q4_0: u8 = Words::Q4_0 as u8;
@@ -33,8 +30,6 @@ const Q4_1: u8 = Words::Q4_1 as u8;
 const Q5_0: u8 = Words::Q5_0 as u8;
 const Q5_1: u8 = Words::Q5_1 as u8;
 const IQ4_NL: u8 = Words::Iq4Nl as u8;
-const UNPACKED: u8 = Words::Unpacked as u8;
-const UNPACKED_MINIMA: u8 = Words::UnpackedMinima as u8;
 
 /// Bytes of a block of such words.
 const fn block_bytes(words: u8) -> usize {
@@ -48,7 +43,7 @@ const fn block_bytes(words: u8) -> usize {
 }
 
 const fn has_minima(words: u8) -> bool {
-    matches!(words, Q4_1 | Q5_1 | UNPACKED_MINIMA)
+    matches!(words, Q4_1 | Q5_1)
 }
 
 /// Where [`dot32`] finds block 0 of a panel, and what is behind it.
@@ -84,42 +79,12 @@ pub(super) unsafe fn vector<const T: usize>(p: &Panel<'_>, x: Group, acc: &mut [
     // SAFETY: passed on.
     unsafe {
         match p.ty {
-            WeightType::Q8_0 => dot32::<T, Q8_0, true>(from, blocks, x, acc),
-            WeightType::Q4_0 => dot32::<T, Q4_0, true>(from, blocks, x, acc),
-            WeightType::Q4_1 => dot32::<T, Q4_1, true>(from, blocks, x, acc),
-            WeightType::Q5_0 => dot32::<T, Q5_0, true>(from, blocks, x, acc),
-            WeightType::Q5_1 => dot32::<T, Q5_1, true>(from, blocks, x, acc),
-            _ => dot32::<T, IQ4_NL, true>(from, blocks, x, acc),
-        }
-    }
-}
-
-/// Some blocks of a panel for `T` tokens, after [`unpack`] with zero at 128.
-///
-/// # Safety
-/// As [`vector`]; `unpacked` are these blocks.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-pub(super) unsafe fn tile<const T: usize>(
-    p: &Panel<'_>,
-    blocks: Range<usize>,
-    x: Group,
-    unpacked: &[[u8; VECTOR]; 64],
-    acc: &mut [__m512; T],
-) {
-    let mut from = Source::of(p);
-    // SAFETY: passed on.
-    unsafe {
-        if p.ty == WeightType::Q8_0 {
-            return dot32::<T, Q8_0, false>(from, blocks, x, acc);
-        }
-        // `dot32` counts blocks from the panel's start.
-        let words = unpacked.as_ptr().cast::<u8>();
-        from.words = words.wrapping_sub(blocks.start * 8 * VECTOR);
-        if p.ty.has_minima() {
-            dot32::<T, UNPACKED_MINIMA, false>(from, blocks, x, acc);
-        } else {
-            dot32::<T, UNPACKED, false>(from, blocks, x, acc);
+            WeightType::Q8_0 => dot32::<T, Q8_0>(from, blocks, x, acc),
+            WeightType::Q4_0 => dot32::<T, Q4_0>(from, blocks, x, acc),
+            WeightType::Q4_1 => dot32::<T, Q4_1>(from, blocks, x, acc),
+            WeightType::Q5_0 => dot32::<T, Q5_0>(from, blocks, x, acc),
+            WeightType::Q5_1 => dot32::<T, Q5_1>(from, blocks, x, acc),
+            _ => dot32::<T, IQ4_NL>(from, blocks, x, acc),
         }
     }
 }
@@ -180,7 +145,6 @@ unsafe fn quants<const WORDS: u8>(words: *const u8) -> [__m512i; 8] {
                 let zero = _mm512_set1_epi8(-128);
                 std::array::from_fn(|j| _mm512_xor_si512(load(words, j), zero))
             }
-            UNPACKED | UNPACKED_MINIMA => std::array::from_fn(|j| load(words, j)),
             Q5_0 | Q5_1 => {
                 let (low, high) = (nibbles(words), load(words.add(Q5_0_HIGH), 0));
                 std::array::from_fn(|j| _mm512_or_si512(low[j], fifth_bits(high, j)))
@@ -191,14 +155,14 @@ unsafe fn quants<const WORDS: u8>(words: *const u8) -> [__m512i; 8] {
     }
 }
 
-/// Accumulates `blocks` of 32 columns for `T` tokens. With `FETCH` what comes next is asked for,
-/// in the next panel too.
+/// Accumulates `blocks` of 32 columns for `T` tokens. What comes next is asked for, in the next
+/// panel too.
 ///
 /// # Safety
 /// `from` holds these blocks, `x` these tokens and blocks.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-unsafe fn dot32<const T: usize, const WORDS: u8, const FETCH: bool>(
+unsafe fn dot32<const T: usize, const WORDS: u8>(
     from: Source,
     blocks: Range<usize>,
     x: Group,
@@ -210,9 +174,9 @@ unsafe fn dot32<const T: usize, const WORDS: u8, const FETCH: bool>(
     unsafe {
         let n = blocks.end;
         for b in blocks {
-            if FETCH && scales_inside {
+            if scales_inside {
                 fetch(from.words.wrapping_add(b * block), block / VECTOR);
-            } else if FETCH {
+            } else {
                 fetch_scales(from.scales, b, 16, n, from.panel_bytes);
                 // Whole panels are asked for in order, scales at their ends included.
                 fetch(

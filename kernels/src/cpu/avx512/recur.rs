@@ -236,26 +236,29 @@ unsafe fn strip<const N: usize, const CUT: bool>(
     };
     let mask = |j: usize| if CUT && j == N - 1 { last } else { u16::MAX };
     let zero = _mm512_setzero_ps();
-    let mut resets = &x.resets[x.resets.partition_point(|&r| r < start)..];
-    for (t, &(scale_k, scale_q)) in (start..).zip(scales) {
-        let fresh = resets.first() == Some(&t);
-        if fresh {
-            resets = &resets[1..];
-        }
-        let q = x.q[(t * x.n_head + head) * dim_k..][..dim_k].as_ptr();
-        let k = x.k[(t * x.n_head_k + head_k) * dim_k..][..dim_k].as_ptr();
-        let v = x.v[(t * x.n_head_k + head_k) * dim_v..][first..dim_v].as_ptr();
-        let beta = x.beta[t * x.n_head + head];
-        let decay = if fresh {
-            0.0
-        } else if x.rule == Rule::Delta {
-            1.0
-        } else {
-            chunk::exp(x.g[t * x.n_head + head])
-        };
+    let resets = &x.resets[x.resets.partition_point(|&r| r < start)..];
+    let mut resets = resets.iter().copied().peekable();
+    let q = |t: usize| x.q[(t * x.n_head + head) * dim_k..][..dim_k].as_ptr();
+    let k = |t: usize| x.k[(t * x.n_head_k + head_k) * dim_k..][..dim_k].as_ptr();
+    let v = |t: usize| x.v[(t * x.n_head_k + head_k) * dim_v..][first..dim_v].as_ptr();
+    let beta = |t: usize| x.beta[t * x.n_head + head];
+    let decay = |t: usize| match x.rule {
+        Rule::Delta => 1.0,
+        _ => chunk::exp(x.g[t * x.n_head + head]),
+    };
+    let end = start + scales.len();
+    // `S^T k` of the next token, over even and odd key dimensions, where the last pass has made it.
+    let mut held = None;
+    let mut t = start;
+    while t < end {
+        let fresh = resets.next_if_eq(&t).is_some();
+        let (scale_k, scale_q) = scales[t - start];
+        let next = t + 1;
+        let goes_on = N <= STRIP && next < end && resets.peek() != Some(&next);
         // SAFETY: `dim_k` rows of `dim_v` numbers of state, of which `16 N` from `first` on, the
         // last vector masked where it passes the end; likewise one row of `v` and `out`.
         unsafe {
+            let row_of_v = |t: usize, j: usize| _mm512_maskz_loadu_ps(mask(j), v(t).add(j * 16));
             if fresh {
                 // Zeros, not a factor of zero: the old state may hold anything.
                 for i in 0..dim_k {
@@ -264,58 +267,127 @@ unsafe fn strip<const N: usize, const CUT: bool>(
                     }
                 }
             }
+            let decay_t = if fresh { 0.0 } else { decay(t) };
             let mut write = [zero; N];
             if x.rule == Rule::Ssd {
                 for j in 0..N {
-                    let v = _mm512_maskz_loadu_ps(mask(j), v.add(j * 16));
-                    write[j] = _mm512_mul_ps(v, _mm512_set1_ps(beta * scale_k));
+                    let strength = _mm512_set1_ps(beta(t) * scale_k);
+                    write[j] = _mm512_mul_ps(row_of_v(t, j), strength);
                 }
             } else {
-                let mut held = [[zero; N]; 2];
+                let held = held.take().unwrap_or_else(|| {
+                    let mut held = [[zero; N]; 2];
+                    let k = k(t);
+                    for i in (0..dim_k).step_by(2) {
+                        // Indices known here keep the sums in registers.
+                        for (u, held) in held.iter_mut().enumerate() {
+                            if i + u == dim_k {
+                                break;
+                            }
+                            let row = state.add((i + u) * ld);
+                            if t == start {
+                                prefetch::<N>(row.wrapping_add(8 * ld));
+                            }
+                            let k = _mm512_set1_ps(*k.add(i + u));
+                            for j in 0..N {
+                                let s = _mm512_maskz_loadu_ps(mask(j), row.add(j * 16));
+                                held[j] = _mm512_fmadd_ps(k, s, held[j]);
+                            }
+                        }
+                    }
+                    held
+                });
+                for j in 0..N {
+                    let held = _mm512_add_ps(held[0][j], held[1][j]);
+                    let held = _mm512_mul_ps(held, _mm512_set1_ps(decay_t * scale_k));
+                    let error = _mm512_sub_ps(row_of_v(t, j), held);
+                    write[j] = _mm512_mul_ps(error, _mm512_set1_ps(beta(t) * scale_k));
+                }
+            }
+            let put = |t: usize, sum: [__m512; N], scale: f32| {
+                let row = out.add(t * x.out_stride);
+                for j in 0..N {
+                    let o = _mm512_mul_ps(sum[j], _mm512_set1_ps(scale));
+                    _mm512_mask_storeu_ps(row.add(j * 16), mask(j), o);
+                }
+            };
+            // Every number of the state goes through the same operations in the same order,
+            // however many of them its way from memory is shared by.
+            let step = |s: __m512, decay: __m512, k: __m512, write: __m512| {
+                _mm512_fmadd_ps(k, write, _mm512_mul_ps(s, decay))
+            };
+            let (k_t, q_t) = (k(t), q(t));
+            let decay_t = _mm512_set1_ps(decay_t);
+            let mut sum = [zero; N];
+            if goes_on && x.rule == Rule::Ssd {
+                let (k_next, q_next) = (k(next), q(next));
+                let (scale_k_next, scale_q_next) = scales[next - start];
+                let strength = _mm512_set1_ps(beta(next) * scale_k_next);
+                let decay_next = _mm512_set1_ps(decay(next));
+                let mut write_next = [zero; N];
+                for j in 0..N {
+                    write_next[j] = _mm512_mul_ps(row_of_v(next, j), strength);
+                }
+                let mut sum_next = [zero; N];
+                for i in 0..dim_k {
+                    let row = state.add(i * ld);
+                    let (k, q) = (_mm512_set1_ps(*k_t.add(i)), _mm512_set1_ps(*q_t.add(i)));
+                    let k_next = _mm512_set1_ps(*k_next.add(i));
+                    let q_next = _mm512_set1_ps(*q_next.add(i));
+                    for j in 0..N {
+                        let at = row.add(j * 16);
+                        let s = _mm512_maskz_loadu_ps(mask(j), at);
+                        let s = step(s, decay_t, k, write[j]);
+                        sum[j] = _mm512_fmadd_ps(q, s, sum[j]);
+                        let s = step(s, decay_next, k_next, write_next[j]);
+                        _mm512_mask_storeu_ps(at, mask(j), s);
+                        sum_next[j] = _mm512_fmadd_ps(q_next, s, sum_next[j]);
+                    }
+                }
+                put(t, sum, scale_q);
+                put(next, sum_next, scale_q_next);
+                t += 2;
+                continue;
+            }
+            if goes_on {
+                let k_next = k(next);
+                let mut held_next = [[zero; N]; 2];
                 for i in (0..dim_k).step_by(2) {
-                    // Indices known here keep the sums in registers.
-                    for (u, held) in held.iter_mut().enumerate() {
-                        if i + u == dim_k {
+                    for (u, held) in held_next.iter_mut().enumerate() {
+                        let i = i + u;
+                        if i == dim_k {
                             break;
                         }
-                        let row = state.add((i + u) * ld);
-                        if t == start {
-                            prefetch::<N>(row.wrapping_add(8 * ld));
-                        }
-                        let k = _mm512_set1_ps(*k.add(i + u));
+                        let row = state.add(i * ld);
+                        let (k, q) = (_mm512_set1_ps(*k_t.add(i)), _mm512_set1_ps(*q_t.add(i)));
+                        let k_next = _mm512_set1_ps(*k_next.add(i));
                         for j in 0..N {
-                            let s = _mm512_maskz_loadu_ps(mask(j), row.add(j * 16));
-                            held[j] = _mm512_fmadd_ps(k, s, held[j]);
+                            let at = row.add(j * 16);
+                            let s = _mm512_maskz_loadu_ps(mask(j), at);
+                            let s = step(s, decay_t, k, write[j]);
+                            _mm512_mask_storeu_ps(at, mask(j), s);
+                            sum[j] = _mm512_fmadd_ps(q, s, sum[j]);
+                            held[j] = _mm512_fmadd_ps(k_next, s, held[j]);
                         }
                     }
                 }
-                for j in 0..N {
-                    let held = _mm512_add_ps(held[0][j], held[1][j]);
-                    let held = _mm512_mul_ps(held, _mm512_set1_ps(decay * scale_k));
-                    let v = _mm512_maskz_loadu_ps(mask(j), v.add(j * 16));
-                    let error = _mm512_sub_ps(v, held);
-                    write[j] = _mm512_mul_ps(error, _mm512_set1_ps(beta * scale_k));
+                held = Some(held_next);
+            } else {
+                for i in 0..dim_k {
+                    let row = state.add(i * ld);
+                    let (k, q) = (_mm512_set1_ps(*k_t.add(i)), _mm512_set1_ps(*q_t.add(i)));
+                    for j in 0..N {
+                        let at = row.add(j * 16);
+                        let s = _mm512_maskz_loadu_ps(mask(j), at);
+                        let s = step(s, decay_t, k, write[j]);
+                        _mm512_mask_storeu_ps(at, mask(j), s);
+                        sum[j] = _mm512_fmadd_ps(q, s, sum[j]);
+                    }
                 }
             }
-            let decay = _mm512_set1_ps(decay);
-            let mut sum = [zero; N];
-            for i in 0..dim_k {
-                let row = state.add(i * ld);
-                let (k, q) = (_mm512_set1_ps(*k.add(i)), _mm512_set1_ps(*q.add(i)));
-                for j in 0..N {
-                    let at = row.add(j * 16);
-                    let s = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(j), at), decay);
-                    let s = _mm512_fmadd_ps(k, write[j], s);
-                    _mm512_mask_storeu_ps(at, mask(j), s);
-                    sum[j] = _mm512_fmadd_ps(q, s, sum[j]);
-                }
-            }
-            let row = out.add(t * x.out_stride);
-            for j in 0..N {
-                let o = _mm512_mul_ps(sum[j], _mm512_set1_ps(scale_q));
-                _mm512_mask_storeu_ps(row.add(j * 16), mask(j), o);
-            }
+            put(t, sum, scale_q);
         }
+        t = next;
     }
 }
 

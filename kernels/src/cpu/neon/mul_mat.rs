@@ -1,6 +1,6 @@
 //! `mul_mat` with `sdot`: a panel's 16 rows in four vectors of four.
 
-use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked, by_chunks, column};
+use crate::cpu::mul_mat::{Panel, Scratch, Tokens, Unpacked, by_chunks, column, halves};
 use crate::mul_mat::activations::{self, Group, Parts, Place};
 use crate::mul_mat::layout::{ROWS, VECTOR};
 use crate::quant::{IQ4_VALUES, WeightType};
@@ -31,7 +31,7 @@ pub(crate) unsafe fn panel(p: &Panel<'_>, scratch: &mut Scratch) {
     unsafe {
         match p.x {
             Tokens::F32(x) => float(p, x),
-            Tokens::Quants(x) => by_chunks::<TILE>(p, x, scratch, tile, look_up),
+            Tokens::Quants(x) => by_chunks::<TILE>(p, x, scratch, tile, look_up, halves),
         }
     }
 }
