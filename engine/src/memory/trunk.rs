@@ -1,7 +1,8 @@
 //! The compressor of `nodes`: a small trunk of gated delta blocks over token embeddings, the
 //! active memory that folds the open segment, and the map from it to slot embeddings.
 //!
-//! It runs where the model runs. The decider's heads stay on the host: they are a dot product for
+//! It runs where the first layer runs: it reads embeddings, which are on the host, and its slots
+//! enter that layer, so that under a split nothing of it crosses. The decider's heads stay on the host: they are a dot product for
 //! each token, or two small matrices, and what they decide is control work. Home come the trunk's
 //! outputs, for a trained decider, and the readouts, each once a chunk; slots' embeddings go to the
 //! pass with those of tokens.
@@ -266,6 +267,7 @@ impl NodeTensors {
             to.last.clone_from(&from.last);
             return Ok(Vec::new());
         }
+        let ops = ops.of_layer(0);
         let (device, n_embd) = (ops.device(), self.in_norm.len());
         device.fill(&mut s.x, n * n_embd, |x| {
             ops.host().get_rows(token_embd, tokens, x);
@@ -333,6 +335,7 @@ impl NodeTensors {
             to.active = Arc::clone(&from.active);
             return Ok(&[]);
         }
+        let ops = ops.of_layer(0);
         ops.device().resize(&mut s.qkv, n * 3 * self.width)?;
         s.read.resize(ops.device(), n, self.width, self.n_head)?;
         self.active.project(ops, &s.h, n, &mut s.qkv, &mut s.read);
@@ -352,6 +355,7 @@ impl NodeTensors {
         rs: &[f32],
     ) -> Result<Box<[f32]>> {
         let (c, n) = (self.width, rs.len() / self.width);
+        let ops = ops.of_layer(0);
         ops.device()
             .fill(&mut s.h, rs.len(), |h| h.copy_from_slice(rs))?;
         let r = self.fold(ops, s, &self.start, spare, n, &[])?;
@@ -364,6 +368,7 @@ impl NodeTensors {
         if n == 0 {
             return Ok(Vec::new());
         }
+        let ops = ops.of_layer(0);
         let device = ops.device();
         device.fill(&mut s.closed, rs.len(), |to| to.copy_from_slice(rs))?;
         device.resize(&mut s.slots, n * self.slot.len())?;
@@ -629,6 +634,13 @@ impl TrunkState {
         let values = self.blocks.iter().map(block).sum::<usize>()
             + self.last.as_ref().map_or(0, |l| l.len());
         values * size_of::<f32>()
+    }
+
+    /// Bytes in a card's memory, those of the active memory included.
+    pub fn card_bytes(&self) -> usize {
+        let blocks = self.blocks.iter().flat_map(|b| [&b.state, &b.conv]);
+        let there = blocks.chain([&self.active]).filter(|b| !b.is_host());
+        there.map(|b| b.len() * size_of::<f32>()).sum()
     }
 
     /// Values in the active memory.

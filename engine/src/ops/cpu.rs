@@ -383,6 +383,10 @@ impl Ops for Cpu {
         self
     }
 
+    fn first_layer(&self) -> usize {
+        0
+    }
+
     fn check_room(&self, _: u64) -> Result<()> {
         Ok(()) // the system pages
     }

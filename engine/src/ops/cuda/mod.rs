@@ -1,7 +1,8 @@
 //! The verbs on an NVIDIA card, by the kernels of `mneme_kernels::cuda`.
 //!
 //! Weights, activations, cells and recurrent states live on the card; plans and page tables stay
-//! with the host. Before the layers of a pass run, what its rows have of
+//! with the host. Of a model that is split they are those of the last layers; the others are the
+//! host's, and what comes of them is sent once a pass. Before the layers of a pass run, what its rows have of
 //! their own is sent in one go, so passes of one shape differ in nothing that a launch carries:
 //! short ones are recorded the second time they come and replayed from then on.
 
@@ -9,6 +10,7 @@ mod card;
 mod graphs;
 mod rows;
 
+use card::Pool;
 pub use card::{Card, CardBuffer, CardPage};
 pub use rows::CardRows;
 
@@ -17,6 +19,7 @@ use super::{
     Buffer, Cpu, Device, Fold, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, Table,
 };
 use crate::error::{Error, Result};
+use crate::gguf::TensorInfo;
 use crate::memory::store::Store;
 use crate::model::{Forward, Pass};
 use card::lock;
@@ -44,6 +47,10 @@ pub struct Cuda {
     device: Device,
     host: Cpu,
     n: usize,
+    /// First layer that runs here.
+    first: usize,
+    /// Pages that are there before any sequence asks for them.
+    _held: Option<Arc<Pool>>,
     arena: Mutex<Arena>,
     graphs: Mutex<Graphs>,
     /// Where rows that go on are gathered.
@@ -69,6 +76,8 @@ impl Cuda {
             device: Device::Cuda(Arc::clone(&card)),
             host,
             n,
+            first: 0,
+            _held: None,
             arena: Mutex::default(),
             graphs: Mutex::default(),
             gathered: Mutex::new(card.buffer(1)?),
@@ -78,6 +87,26 @@ impl Cuda {
             failed: Mutex::default(),
             card,
         })
+    }
+
+    /// The same for a model whose layers before `first` run on the host. `first` is below the number
+    /// of layers.
+    pub fn from_layer(self, first: usize) -> Cuda {
+        Cuda { first, ..self }
+    }
+
+    /// Bytes of the card's memory that nobody uses.
+    pub fn free_bytes(&self) -> Result<u64> {
+        let free = self.card.dev.free_bytes();
+        let error = |e| self.card.error("asking for free memory", e);
+        Ok(free.map_err(error)? as u64)
+    }
+
+    /// Takes memory for `n` pages of cells at once, so that they need not move while a context
+    /// grows to that.
+    pub fn hold_pages(self, layout: &PageLayout, n: usize) -> Result<Cuda> {
+        let _held = Some(self.card.pool(layout, n)?);
+        Ok(Cuda { _held, ..self })
     }
 
     /// Keeps the first error until [`Cuda::check`].
@@ -155,7 +184,9 @@ impl Cuda {
                 part.recalls.end - part.recalls.start,
             ]);
         }
-        key.extend(pass.buffers().iter().map(|buffer| buffer.card().id));
+        // What lies on the host belongs to layers that run there.
+        let here = pass.buffers().into_iter().filter(|b| !b.is_host());
+        key.extend(here.map(|buffer| buffer.card().id));
         Some(key)
     }
 }
@@ -170,6 +201,13 @@ fn room<'a>(
         *place = Some(dev.alloc(n.next_power_of_two())?);
     }
     Ok(place.as_mut().expect("made above"))
+}
+
+/// Bytes that a weight matrix takes on a card.
+pub fn card_bytes(tensor: &TensorInfo) -> u64 {
+    // What has no kernel there is held in F16.
+    let ty = weight_type(tensor.ty).unwrap_or(WeightType::F16);
+    Packed::bytes_of(ty, tensor.n_rows(), tensor.n_cols())
 }
 
 /// Row-major GGUF bytes of `table` in a type the kernels have, in F16 where they have not.
@@ -192,7 +230,12 @@ fn bytes_of(table: &Table) -> (WeightType, std::borrow::Cow<'_, [u8]>) {
 
 impl Ops for Cuda {
     fn name(&self) -> String {
-        format!("cuda:{} {}", self.n, self.card.dev.name())
+        let mut name = format!("cuda:{} {}", self.n, self.card.dev.name());
+        if self.first > 0 {
+            let host = self.host.name();
+            name += &format!(" from layer {} on, before it {host}", self.first);
+        }
+        name
     }
 
     fn peak(&self) -> Result<Peak> {
@@ -216,14 +259,18 @@ impl Ops for Cuda {
         &self.host
     }
 
+    fn first_layer(&self) -> usize {
+        self.first
+    }
+
     fn check_room(&self, n_bytes: u64) -> Result<()> {
-        let free = self.card.dev.free_bytes();
-        let free = free.map_err(|e| self.card.error("asking for free memory", e))? as u64;
+        let free = self.free_bytes()?;
         if n_bytes <= free {
             return Ok(());
         }
         Err(Error::DeviceFull {
             device: self.name(),
+            what: "the weights".into(),
             needed: n_bytes,
             free,
         })
@@ -242,7 +289,7 @@ impl Ops for Cuda {
     }
 
     fn begin(&self, rows: &mut Rows, stores: &[&Store]) -> Result<()> {
-        let at = lock(&self.arena).send(&self.card, rows, stores)?;
+        let at = lock(&self.arena).send(&self.card, rows, stores, self.first)?;
         rows.set_card(at);
         Ok(())
     }
