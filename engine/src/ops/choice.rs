@@ -103,8 +103,10 @@ pub fn open(request: &Request<'_>) -> Result<Placed> {
     };
     match device {
         // The emulated card of tests is for whoever asks for it.
-        #[cfg(all(feature = "cuda", not(feature = "cuda-host")))]
-        DeviceChoice::Auto if mneme_kernels::cuda::Device::count() > 0 => {
+        #[cfg(feature = "on-card")]
+        DeviceChoice::Auto
+            if !cfg!(feature = "cuda-host") && mneme_kernels::cuda::Device::count() > 0 =>
+        {
             match on_card(0, request) {
                 Err(full @ Error::DeviceFull { .. }) if request.layers == Layers::Fit => {
                     Ok(Placed {
