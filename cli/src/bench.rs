@@ -8,7 +8,7 @@ use crate::progress::{Progress, Unit};
 use crate::report::{self, Report};
 use anyhow::{Context, Result, bail};
 use mneme_engine::memory::spec::MemorySpec;
-use mneme_engine::ops::Peak;
+use mneme_engine::ops::{Contexts, Peak};
 use mneme_engine::{Engine, Error, Feed, Sequence, SequenceOptions, Want};
 use mneme_kernels::dispatch;
 use rand::rngs::SmallRng;
@@ -101,7 +101,6 @@ pub fn run(args: &Args) -> Result<()> {
     args.output
         .iter()
         .try_for_each(|path| report::check(path))?;
-    let mut engine = args.model.load()?;
     let mut depths = args.n_depth.clone();
     depths.sort_unstable();
     depths.dedup();
@@ -110,6 +109,14 @@ pub fn run(args: &Args) -> Result<()> {
         .checked_add(args.n_prompt.max(args.n_gen).max(WARM_UP + 1))
         .filter(|n| *n < 1 << 30)
         .with_context(|| format!("-d {deepest}: too deep"))?;
+    let n_cells = match args.cells.ctx_size {
+        0 => n_tokens,
+        n => n,
+    };
+    let mut engine = args.model.load(Contexts {
+        n_cells,
+        ..args.cells.contexts(None)
+    })?;
     let tokens = args.tokens(&engine, n_tokens)?;
     let mut options = args.cells.options(&engine.model)?;
     if args.cells.ctx_size == 0 {
@@ -125,7 +132,8 @@ pub fn run(args: &Args) -> Result<()> {
     for spec in &specs {
         engine.sequence(spec, options)?;
     }
-    let peak = match args.no_peaks {
+    // Shares of one device's peaks say nothing where two run the model.
+    let peak = match args.no_peaks || engine.ops().first_layer() > 0 {
         true => None,
         false => Some(engine.ops().peak()?),
     };

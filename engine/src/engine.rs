@@ -1,185 +1,14 @@
-//! The engine: a model, threads, and the passes that step sequences together.
+//! The engine: a model, verbs, and the passes that step sequences together.
 
 use crate::error::{Error, FeedError, Result};
-use crate::gguf::Gguf;
-use crate::hparams::Hparams;
 use crate::memory::spec::MemorySpec;
-use crate::memory::{self, Memory, Plan};
-use crate::model::{ARCHS, Arch, Pass, Scratch};
+use crate::memory::{Memory, Plan};
+use crate::model::{Pass, Scratch};
 use crate::ops::{MOST_BEST, Ops};
 use crate::sequence::{Sequence, SequenceOptions};
-use crate::tokenizer::Tokenizer;
-use crate::weights::{Loader, Weights};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// How a model is loaded.
-#[derive(Clone, Debug, Default)]
-pub struct LoadOptions {
-    /// A memory adapter to lay over the model.
-    pub memory_adapter: Option<PathBuf>,
-}
-
-/// A loaded model: immutable, shared by everything that uses it.
-pub struct Model {
-    /// The file it came from.
-    pub path: PathBuf,
-    /// Its vocabulary.
-    pub tokenizer: Arc<Tokenizer>,
-    /// Its tensors.
-    pub weights: Arc<Weights>,
-    arch: &'static Arch,
-    identity: u64,
-}
-
-impl Model {
-    /// Loads `path` for the verbs of `ops`. `progress` is told bytes done and bytes in all after each
-    /// tensor.
-    pub fn load(
-        path: &Path,
-        options: &LoadOptions,
-        ops: &dyn Ops,
-        mut progress: impl FnMut(u64, u64),
-    ) -> Result<Arc<Model>> {
-        let gguf = Arc::new(Gguf::open(path)?);
-        let adapter = options
-            .memory_adapter
-            .as_ref()
-            .map(|p| open_adapter(p, &gguf))
-            .transpose()?;
-        let known: Vec<_> = ARCHS.iter().map(|a| a.name).collect();
-        let hparams = Hparams::from_gguf(&gguf, path, &known)?;
-        let arch = ARCHS.iter().find(|a| a.name == hparams.arch);
-        let arch = arch.expect("hyperparameters are read for known architectures only");
-        let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
-        ops.check_room(bytes_on_device(&gguf))?;
-        let mut done = 0;
-        let loader = Loader {
-            ops,
-            gguf: &gguf,
-            adapter: adapter.as_ref(),
-            progress: &mut |bytes| {
-                done = (done + bytes as u64).min(total);
-                progress(done, total);
-            },
-        };
-        let weights = Arc::new(loader.load(hparams)?);
-        let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
-        Ok(Arc::new(Model {
-            path: path.to_owned(),
-            identity: identity(&gguf, adapter.as_deref()),
-            tokenizer,
-            weights,
-            arch,
-        }))
-    }
-
-    /// The hyperparameters.
-    pub fn hparams(&self) -> &Hparams {
-        &self.weights.hparams
-    }
-
-    /// The file's metadata.
-    pub fn gguf(&self) -> &Gguf {
-        &self.weights.gguf
-    }
-
-    /// A number that tells models apart: of names, shapes, types and a sample of every tensor.
-    pub fn identity(&self) -> u64 {
-        self.identity
-    }
-
-    /// The memory that suits the file: its own kind when it has one, else `full`.
-    pub fn default_memory(&self) -> MemorySpec {
-        let w = &self.weights;
-        let kind = w
-            .memory_file()
-            .opt_str(&w.memory_key("kind"))
-            .ok()
-            .flatten();
-        let text = match kind {
-            Some(kind) if memory::MEMORIES.iter().any(|row| row.name == kind) => kind,
-            _ => "full",
-        };
-        MemorySpec {
-            name: text.into(),
-            options: Vec::new(),
-            text: text.into(),
-        }
-    }
-}
-
-/// Bytes of the tensors that lie where the model runs: not the decider of a compressor, nor
-/// embeddings that are not the head as well.
-fn bytes_on_device(gguf: &Gguf) -> u64 {
-    let untied = gguf.tensor("output.weight").is_some();
-    let there =
-        |name: &str| !(name.starts_with("mem.decider.") || untied && name == "token_embd.weight");
-    let tensors = gguf.tensors().iter().filter(|t| there(&t.name));
-    tensors.map(|t| t.n_bytes).sum()
-}
-
-/// Opens a memory adapter and checks that it was made for this base.
-fn open_adapter(path: &Path, base: &Gguf) -> Result<Arc<Gguf>> {
-    let adapter = Gguf::open(path)?;
-    let refuse = |what: String| Error::Adapter {
-        adapter: path.to_owned(),
-        what,
-    };
-    for (key, expected) in [("general.type", "adapter"), ("adapter.type", "memory")] {
-        let got = adapter.opt_str(key)?;
-        if got != Some(expected) {
-            return Err(refuse(format!(
-                "`{key}` is {}, expected `{expected}`",
-                got.map_or("absent".into(), |s| format!("`{s}`")),
-            )));
-        }
-    }
-    let arch = base.str("general.architecture")?;
-    let made_for = adapter.str("general.architecture")?;
-    if made_for != arch {
-        return Err(refuse(format!(
-            "made for architecture `{made_for}`, the model is `{arch}`"
-        )));
-    }
-    for suffix in [
-        "embedding_length",
-        "block_count",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-    ] {
-        let key = format!("{arch}.{suffix}");
-        if let (Some(mine), Some(theirs)) = (adapter.opt_u32(&key)?, base.opt_u32(&key)?)
-            && mine != theirs
-        {
-            return Err(refuse(format!(
-                "made for {key} = {mine}, the model has {theirs}"
-            )));
-        }
-    }
-    Ok(Arc::new(adapter))
-}
-
-/// FNV-1a over what tells two model files apart.
-fn identity(gguf: &Gguf, adapter: Option<&Gguf>) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    let mut eat = |bytes: &[u8]| {
-        for &b in bytes {
-            hash = (hash ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    };
-    for file in std::iter::once(gguf).chain(adapter) {
-        for tensor in file.tensors() {
-            eat(tensor.name.as_bytes());
-            eat(tensor.ty.name().as_bytes());
-            tensor.dims.iter().for_each(|d| eat(&d.to_le_bytes()));
-            let data = file.data(tensor);
-            eat(&data[..data.len().min(64)]);
-        }
-    }
-    hash
-}
+pub use crate::load::{LoadOptions, Model};
 
 /// What a feed wants of the pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -248,7 +77,10 @@ pub struct Engine {
     /// The model.
     pub model: Arc<Model>,
     ops: Box<dyn Ops>,
+    /// Of the layers that run by the verbs themselves, the last ones.
     scratch: Scratch,
+    /// Of the layers before them, where the model is split.
+    before: Scratch,
     /// A pass's logits, where another device computed them.
     logits: Vec<f32>,
     n_ubatch: usize,
@@ -265,7 +97,8 @@ impl Engine {
     pub fn new(model: Arc<Model>, ops: impl Into<Box<dyn Ops>>, n_ubatch: usize) -> Engine {
         let ops = ops.into();
         let n_ubatch = match n_ubatch {
-            0 if ops.device().is_host() => N_UBATCH,
+            // The host's layers of a split model take most of a pass.
+            0 if ops.of_layer(0).device().is_host() => N_UBATCH,
             0 => N_UBATCH_CARD,
             n => n,
         };
@@ -273,6 +106,7 @@ impl Engine {
             model,
             ops,
             scratch: Scratch::default(),
+            before: Scratch::default(),
             logits: Vec::new(),
             n_ubatch,
         }
@@ -516,24 +350,30 @@ impl Engine {
         let mut pass = Pass::new(
             &*self.ops,
             &self.model.weights,
-            &mut self.scratch,
+            [&mut self.before, &mut self.scratch],
             sequences,
             out_rows,
         )?;
         pass.hidden = hidden;
-        self.ops.run(&mut pass, self.model.arch.forward)
+        pass.run(self.model.arch.forward)
     }
+
     /// Takes home what the compressor left of tokens that came alone. Whatever the pass computed is
     /// waited for here, where nothing else of it was wanted.
     fn bring_home(&mut self, feeds: &mut [Feed<'_>], plans: &[Plan]) -> Result<()> {
         let Some(nodes) = &self.model.weights.nodes else {
             return Ok(());
         };
+        // The compressor ran with the first layer, by that layer's buffers.
+        let s = match self.ops.first_layer() {
+            0 => &mut self.scratch.trunk,
+            _ => &mut self.before.trunk,
+        };
         let steps = planned(feeds, plans).filter_map(|(memory, _)| memory.trunk_step());
         let mut steps: Vec<_> = steps.collect();
         match &steps[..] {
             [] => Ok(()),
-            _ => nodes.bring_home(&*self.ops, &mut self.scratch.trunk, &mut steps),
+            _ => nodes.bring_home(&*self.ops, s, &mut steps),
         }
     }
 }

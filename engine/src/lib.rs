@@ -11,6 +11,7 @@ pub mod error;
 pub mod gguf;
 pub mod grammar;
 pub mod hparams;
+mod load;
 pub mod memory;
 pub mod model;
 pub mod ops;

@@ -311,7 +311,7 @@ const FLAGS: &[Flag] = &[
         Ok(())
     }),
     flag(&["-dev", "--device"], Text, "DEVICE", "DEVICE  auto, cpu, cuda or cuda:N (auto: the first GPU there is)", |args, v| { args.device.device = v.parse()?; Ok(()) }),
-    flag(&["-ngl", "--gpu-layers", "--n-gpu-layers"], Text, "N_GPU_LAYERS", "N  layers on the GPU: 0 for none, all for all", |args, v| {
+    flag(&["-ngl", "--gpu-layers", "--n-gpu-layers"], Text, "N_GPU_LAYERS", "N  layers on the GPU, the last ones and the head; the CPU runs the others. 0: none, all: all, auto: as many as fit (auto)", |args, v| {
         args.device.n_gpu_layers = Some(parse_layers(v).map_err(|e| anyhow!(e))?);
         Ok(())
     }),

@@ -43,8 +43,8 @@ pub struct Context {
 impl Context {
     /// An empty store for this model.
     pub fn store(&self) -> Store {
-        let device = self.weights.device.clone();
-        Store::new(device, self.layout, self.weights.hparams.n_layer)
+        let layers = self.weights.layers.iter();
+        Store::new(self.layout, layers.map(|layer| layer.device.clone()))
     }
 
     /// Bytes of one cell in all layers.
@@ -299,6 +299,8 @@ pub struct Stats {
     pub cell_bytes: usize,
     /// Bytes of recurrent states, gate caches and node vectors.
     pub state_bytes: usize,
+    /// Of these two, bytes in a card's memory; the others are the host's.
+    pub card_bytes: usize,
     /// Bytes a full cache of the same K/V types would take for the same tokens.
     pub full_bytes: usize,
     /// Upper bound on `cell_bytes + state_bytes` after the next token.

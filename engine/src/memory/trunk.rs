@@ -1,14 +1,16 @@
 //! The compressor of `nodes`: a small trunk of gated delta blocks over token embeddings, the
 //! active memory that folds the open segment, and the map from it to slot embeddings.
 //!
-//! It runs where the model runs. The decider's heads stay on the host: they are a dot product for
-//! each token, or two small matrices, and what they decide is control work. Home come the trunk's
-//! outputs, for a trained decider, and the readouts, each once a chunk; slots are made of readouts in
-//! the pass that they join.
+//! It runs where the first layer runs: it reads embeddings, which are on the host, and its slots
+//! enter that layer, so that under a split nothing of it crosses. The decider's heads stay on the
+//! host: they are a dot product for each token, or two small matrices, and what they decide is
+//! control work. Home come the trunk's outputs, for a trained decider, and the readouts, each once a
+//! chunk or pass; slots are made of readouts in the pass that they join.
 //!
 //! The trunk reads token embeddings only, so all cuts of a prompt are known before the model
 //! runs. Of a token that comes alone nothing is needed before the next one comes: the pass it
-//! belongs to runs the compressor over it, together with those of other sequences. Its recurrences
+//! belongs to runs the compressor over it before its first layer, together with those of other
+//! sequences. Its recurrences
 //! always take the step-by-step form: their cost is a thousandth of the model's, and the cuts come
 //! out the same however a prompt is chunked.
 
@@ -307,12 +309,13 @@ impl NodeTensors {
             to.last.clone_from(&from.last);
             return Ok(Vec::new());
         }
-        self.make_room(ops.device(), s, n)?;
-        let n_embd = self.in_norm.len();
-        ops.device().fill(&mut s.x, n * n_embd, |x| {
+        let ops = ops.of_layer(0);
+        let (device, n_embd) = (ops.device(), self.in_norm.len());
+        self.make_room(device, s, n)?;
+        device.fill(&mut s.x, n * n_embd, |x| {
             ops.host().get_rows(token_embd, tokens, x);
         })?;
-        to.own_trunk(ops.device(), from)?;
+        to.own_trunk(device, from)?;
         self.walk(ops, s, &mut [Share { n, from, to }]);
 
         to.last = None;
@@ -365,8 +368,8 @@ impl NodeTensors {
         ops.rms_norm(&s.u, &self.out_norm, EPS, &mut s.h);
     }
 
-    /// Runs the compressor over the tokens of `steps`, whose embeddings are [`Rows::steps`] of `x`
-    /// `[n, n_embd]`. There is room for them in `s`, which keeps what [`NodeTensors::bring_home`]
+    /// Runs the compressor by the first layer's verbs over the tokens of `steps`, whose embeddings are
+    /// [`Rows::steps`] of `x` `[n, n_embd]`. There is room for them in `s`, which keeps what [`NodeTensors::bring_home`]
     /// takes; nothing is sent, waited for or allocated, so that this can be part of a recording.
     pub fn step(
         &self,
@@ -458,6 +461,7 @@ impl NodeTensors {
             to.active = Arc::clone(&from.active);
             return Ok(&[]);
         }
+        let ops = ops.of_layer(0);
         ops.device().resize(&mut s.qkv, n * 3 * self.width)?;
         s.read.resize(ops.device(), n, self.width, self.n_head)?;
         self.active.project(ops, &s.h, n, &mut s.qkv, &mut s.read);
@@ -481,6 +485,7 @@ impl NodeTensors {
         rs: &[f32],
     ) -> Result<Box<[f32]>> {
         let (c, n) = (self.width, rs.len() / self.width);
+        let ops = ops.of_layer(0);
         ops.device()
             .fill(&mut s.h, rs.len(), |h| h.copy_from_slice(rs))?;
         let r = self.fold(ops, s, &self.start, spare, n, &[])?;
@@ -780,6 +785,13 @@ impl TrunkState {
         let values = self.blocks.iter().map(block).sum::<usize>()
             + self.last.as_ref().map_or(0, |l| l.len());
         values * size_of::<f32>()
+    }
+
+    /// Bytes in a card's memory, those of the active memory included.
+    pub fn card_bytes(&self) -> usize {
+        let blocks = self.blocks.iter().flat_map(|b| [&b.state, &b.conv]);
+        let there = blocks.chain([&self.active]).filter(|b| !b.is_host());
+        there.map(|b| b.len() * size_of::<f32>()).sum()
     }
 
     /// Values in the active memory.

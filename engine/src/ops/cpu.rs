@@ -390,6 +390,10 @@ impl Ops for Cpu {
         self
     }
 
+    fn first_layer(&self) -> usize {
+        0
+    }
+
     fn check_room(&self, _: u64) -> Result<()> {
         Ok(()) // the system pages
     }
@@ -403,7 +407,7 @@ impl Ops for Cpu {
     }
 
     fn run(&self, pass: &mut Pass<'_>, forward: Forward) -> Result<()> {
-        pass.run(forward);
+        pass.run_here(forward);
         Ok(())
     }
 

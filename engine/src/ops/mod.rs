@@ -10,17 +10,19 @@ mod cpu;
 #[cfg(feature = "on-card")]
 mod cuda;
 mod device;
+mod room;
 mod rows;
 
 pub use best::{MOST_BEST, best_of};
-pub use choice::{DeviceChoice, open};
+pub use choice::{DeviceChoice, Layers, Placed, Request, Split, open};
 pub(crate) use cpu::sigmoid;
 pub use cpu::{Cpu, Matrix, Table, copied_bytes};
 #[cfg(feature = "on-card")]
-pub use cuda::Cuda;
+pub use cuda::{Cuda, card_bytes};
 pub use device::{Buffer, Device, Page, live_page_bytes};
 pub use mneme_kernels::recur::Rule;
 pub use mneme_kernels::rope::RopeKind;
+pub use room::{Bytes, CELLS, Contexts, Room, SPARE};
 pub use rows::{Part, Rows};
 
 use crate::error::Result;
@@ -131,6 +133,10 @@ pub trait Ops: Send + Sync {
     /// The host's threads: for loading, and for the small parts of a memory that run there.
     fn host(&self) -> &Cpu;
 
+    /// First layer of a model that these verbs run, 0 unless the model is split: the layers before
+    /// it run on [`Ops::host`]. The head is always these verbs'.
+    fn first_layer(&self) -> usize;
+
     /// Refuses weights of `n_bytes` that the device has no room for.
     fn check_room(&self, n_bytes: u64) -> Result<()>;
 
@@ -140,7 +146,8 @@ pub trait Ops: Send + Sync {
     /// Sends what the rows of a pass have of their own to where the verbs read it.
     fn begin(&self, rows: &mut Rows, stores: &[&Store]) -> Result<()>;
 
-    /// Runs the layers over a pass whose rows have begun.
+    /// Runs the layers that a pass is at, all of which are these verbs', by [`Pass::run_here`] or a
+    /// recording of it; its rows have begun.
     fn run(&self, pass: &mut Pass<'_>, forward: Forward) -> Result<()>;
 
     /// `out_m[t, r] = sum_c w_m[r, c] x[t, c]` for several matrices over the same `rows` of `x`
@@ -286,6 +293,16 @@ pub trait Ops: Send + Sync {
         to: &mut [Page],
         cells: &[(usize, usize)],
     );
+}
+
+impl dyn Ops + '_ {
+    /// The verbs that run `layer`, and that its weights, cells and states lie with.
+    pub fn of_layer(&self, layer: usize) -> &dyn Ops {
+        match layer < self.first_layer() {
+            true => self.host(),
+            false => self,
+        }
+    }
 }
 
 impl<T: Ops + 'static> From<T> for Box<dyn Ops> {

@@ -52,6 +52,8 @@ fn weights(
 fn run(dev: &Device, ty: WeightType, shape: (usize, usize), w: &[u8], x: &[f32]) -> Vec<f32> {
     let n_tokens = x.len() / shape.1;
     let packed = Packed::pack(dev, ty, shape.0, shape.1, w).expect("a valid matrix");
+    let counted = Packed::bytes_of(ty, shape.0 as u64, shape.1 as u64);
+    assert_eq!(packed.n_bytes() as u64, counted, "{ty:?}, {shape:?}");
     let mut out = poisoned(dev, n_tokens * shape.0);
     mul_mat(
         dev,

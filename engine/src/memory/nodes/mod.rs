@@ -398,7 +398,7 @@ impl Nodes {
         });
         let r = match step {
             Some(_) => {
-                trunk.own(ops.device(), before)?;
+                trunk.own(ops.of_layer(0).device(), before)?;
                 &[]
             }
             None => tensors.fold(ops, s, before, &mut trunk, n, &resets)?,
@@ -759,6 +759,7 @@ impl Memory for Nodes {
             + (s.trunk.active_len() + s.logits.len()) * size_of::<f32>()
             + self.nodes.len() * (size_of::<Node>() + width)
             + self.checkpoints.len() * self.checkpoint_bytes();
+        let states = std::iter::once(s).chain(self.checkpoints.iter().map(|c| &**c));
         let held_raw = (self.store.raw_end() - self.first_seen()) as usize;
         let slots = s.seg_count as f64 * self.tensors().n_slots as f64;
         let mean = s.seg_sum / s.seg_count.max(1) as f64;
@@ -773,6 +774,8 @@ impl Memory for Nodes {
             n_slots: self.nodes.len() * self.tensors().n_slots,
             cell_bytes: self.store.bytes(),
             state_bytes,
+            card_bytes: self.store.card_bytes()
+                + states.map(|s| s.trunk.card_bytes()).sum::<usize>(),
             full_bytes: s.n_tokens * self.ctx.cell_bytes(),
             bound_bytes: self.ctx.page_bound(n_cells + 1 + self.tensors().n_slots, 2)
                 + state_bytes

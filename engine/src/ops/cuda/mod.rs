@@ -1,14 +1,16 @@
 //! The verbs on an NVIDIA card, by the kernels of `mneme_kernels::cuda`.
 //!
 //! Weights, activations, cells and recurrent states live on the card; plans and page tables stay
-//! with the host. Before the layers of a pass run, what its rows have of
-//! their own is sent in one go, so passes of one shape differ in nothing that a launch carries:
-//! short ones are recorded the second time they come and replayed from then on.
+//! with the host. Of a model that is split they are those of the last layers; the others are the
+//! host's, and what comes of them is sent once a pass. Before the layers of a pass run, what its
+//! rows have of their own is sent in one go, so passes of one shape differ in nothing that a launch
+//! carries: short ones are recorded the second time they come and replayed from then on.
 
 mod card;
 mod graphs;
 mod rows;
 
+use card::Pool;
 pub use card::{Card, CardBuffer, CardPage};
 pub use rows::CardRows;
 
@@ -18,6 +20,7 @@ use super::{
     Table,
 };
 use crate::error::{Error, Result};
+use crate::gguf::TensorInfo;
 use crate::memory::store::Store;
 use crate::model::{Forward, Pass};
 use card::lock;
@@ -45,6 +48,10 @@ pub struct Cuda {
     device: Device,
     host: Cpu,
     n: usize,
+    /// First layer that runs here.
+    first: usize,
+    /// Pages that are there before any sequence asks for them.
+    _held: Option<Arc<Pool>>,
     arena: Mutex<Arena>,
     graphs: Mutex<Graphs>,
     /// Where rows that go on are gathered.
@@ -70,6 +77,8 @@ impl Cuda {
             device: Device::Cuda(Arc::clone(&card)),
             host,
             n,
+            first: 0,
+            _held: None,
             arena: Mutex::default(),
             graphs: Mutex::default(),
             gathered: Mutex::new(card.buffer(1)?),
@@ -79,6 +88,26 @@ impl Cuda {
             failed: Mutex::default(),
             card,
         })
+    }
+
+    /// The same for a model whose layers before `first` run on the host. `first` is below the number
+    /// of layers.
+    pub fn from_layer(self, first: usize) -> Cuda {
+        Cuda { first, ..self }
+    }
+
+    /// Bytes of the card's memory that nobody uses.
+    pub fn free_bytes(&self) -> Result<u64> {
+        let free = self.card.dev.free_bytes();
+        let error = |e| self.card.error("asking for free memory", e);
+        Ok(free.map_err(error)? as u64)
+    }
+
+    /// Takes memory for `n` pages of cells at once, so that they need not move while a context
+    /// grows to that.
+    pub fn hold_pages(self, layout: &PageLayout, n: usize) -> Result<Cuda> {
+        let _held = Some(self.card.pool(layout, n)?);
+        Ok(Cuda { _held, ..self })
     }
 
     /// Keeps the first error until [`Cuda::check`].
@@ -174,7 +203,9 @@ impl Cuda {
                 part.recalls.end - part.recalls.start,
             ]);
         }
-        key.extend(pass.buffers().iter().map(|buffer| buffer.card().id));
+        // What lies on the host belongs to layers that run there, or to the compressor with them.
+        let here = pass.buffers().into_iter().filter(|b| !b.is_host());
+        key.extend(here.map(|buffer| buffer.card().id));
         Some(key)
     }
 }
@@ -189,6 +220,13 @@ fn room<'a>(
         *place = Some(dev.alloc(n.next_power_of_two())?);
     }
     Ok(place.as_mut().expect("made above"))
+}
+
+/// Bytes that a weight matrix takes on a card.
+pub fn card_bytes(tensor: &TensorInfo) -> u64 {
+    // What has no kernel there is held in F16.
+    let ty = weight_type(tensor.ty).unwrap_or(WeightType::F16);
+    Packed::bytes_of(ty, tensor.n_rows(), tensor.n_cols())
 }
 
 /// Row-major GGUF bytes of `table` in a type the kernels have, in F16 where they have not.
@@ -211,7 +249,12 @@ fn bytes_of(table: &Table) -> (WeightType, std::borrow::Cow<'_, [u8]>) {
 
 impl Ops for Cuda {
     fn name(&self) -> String {
-        format!("cuda:{} {}", self.n, self.card.dev.name())
+        let mut name = format!("cuda:{} {}", self.n, self.card.dev.name());
+        if self.first > 0 {
+            let host = self.host.name();
+            name += &format!(" from layer {} on, before it {host}", self.first);
+        }
+        name
     }
 
     fn peak(&self) -> Result<Peak> {
@@ -235,14 +278,18 @@ impl Ops for Cuda {
         &self.host
     }
 
+    fn first_layer(&self) -> usize {
+        self.first
+    }
+
     fn check_room(&self, n_bytes: u64) -> Result<()> {
-        let free = self.card.dev.free_bytes();
-        let free = free.map_err(|e| self.card.error("asking for free memory", e))? as u64;
+        let free = self.free_bytes()?;
         if n_bytes <= free {
             return Ok(());
         }
         Err(Error::DeviceFull {
             device: self.name(),
+            what: "the weights".into(),
             needed: n_bytes,
             free,
         })
@@ -261,7 +308,7 @@ impl Ops for Cuda {
     }
 
     fn begin(&self, rows: &mut Rows, stores: &[&Store]) -> Result<()> {
-        let at = lock(&self.arena).send(&self.card, rows, stores)?;
+        let at = lock(&self.arena).send(&self.card, rows, stores, self.first)?;
         rows.set_card(at);
         Ok(())
     }
@@ -270,13 +317,13 @@ impl Ops for Cuda {
         // What failed while the pass was planned.
         self.check()?;
         let Some(key) = self.key(pass) else {
-            pass.run(forward);
+            pass.run_here(forward);
             return self.check();
         };
         let mut graphs = lock(&self.graphs);
         let launched = match graphs.find(&key, self.card.epoch()) {
             None => {
-                pass.run(forward);
+                pass.run_here(forward);
                 graphs.insert(key, Known::Seen);
                 self.failure()
             }
@@ -286,7 +333,7 @@ impl Ops for Cuda {
             }
             Some(Known::Seen) => {
                 let graph = self.card.dev.capture(|| {
-                    pass.run(forward);
+                    pass.run_here(forward);
                     self.failure()
                 });
                 graph.and_then(|graph| {
