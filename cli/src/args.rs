@@ -4,10 +4,12 @@
 use crate::device::DeviceArgs;
 use crate::progress::{Progress, Unit};
 use anyhow::{Context, Result, bail};
-use mneme_engine::engine::{KV_TYPES, kv_type};
+use mneme_engine::engine::N_UBATCH;
 use mneme_engine::grammar::{Grammar, GrammarVocab};
 use mneme_engine::memory::{MEMORIES, spec::MemorySpec};
+use mneme_engine::ops::Contexts;
 use mneme_engine::sampler::{SamplerKind, SamplerParams};
+use mneme_engine::sequence::{KV_TYPES, kv_type};
 use mneme_engine::tokenizer::Tokenizer;
 use mneme_engine::{Engine, LoadOptions, Model, Sequence, SequenceOptions};
 use mneme_kernels::attend::{KvType, PageLayout};
@@ -145,10 +147,18 @@ impl ModelArgs {
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
     }
 
-    /// Loads the model, with a progress bar when it takes long.
-    pub fn load(&self) -> Result<Engine> {
+    /// Loads the model, with a progress bar when it takes long; on a GPU beside room for
+    /// `contexts`.
+    pub fn load(&self, contexts: Contexts) -> Result<Engine> {
         let path = self.path()?;
-        let ops = self.device.open(&path, self.n_threads())?;
+        let contexts = Contexts {
+            n_ubatch: self.ubatch_size.unwrap_or(0),
+            ..contexts
+        };
+        let adapter = self.memory_adapter.as_deref();
+        let ops = self
+            .device
+            .open(&path, adapter, self.n_threads(), contexts)?;
         let options = LoadOptions {
             memory_adapter: self.memory_adapter.clone(),
         };
@@ -216,6 +226,11 @@ impl MemoryArgs {
         Ok(spec)
     }
 
+    /// What one context takes.
+    pub fn contexts(&self) -> Contexts {
+        self.cells.contexts(self.memory.as_ref())
+    }
+
     /// An empty sequence with this memory.
     pub fn sequence(&self, engine: &Engine) -> Result<Sequence> {
         self.cells.sequence(engine, &self.spec(&engine.model)?)
@@ -223,6 +238,16 @@ impl MemoryArgs {
 }
 
 impl CellArgs {
+    /// What one context with `memory` takes.
+    pub fn contexts(&self, memory: Option<&MemorySpec>) -> Contexts {
+        Contexts {
+            n_cells: most_cells(self.ctx_size, memory),
+            type_k: self.cache_type_k,
+            type_v: self.cache_type_v,
+            ..Contexts::default()
+        }
+    }
+
     /// An empty sequence with the memory `spec`.
     pub fn sequence(&self, engine: &Engine, spec: &MemorySpec) -> Result<Sequence> {
         Ok(engine.sequence(spec, self.options(&engine.model)?)?)
@@ -272,6 +297,24 @@ impl CellArgs {
             ty_v: self.cache_type_v,
         };
         layout.page_bytes() * hp.n_layer / mneme_kernels::attend::PAGE_CELLS
+    }
+}
+
+/// Cells that a context of `n_ctx` holds at most, 0 for not given: a window bounds them, with the
+/// rows of one pass.
+pub fn most_cells(n_ctx: usize, memory: Option<&MemorySpec>) -> usize {
+    let bounded = memory.filter(|spec| ["window", "ahn"].contains(&spec.name.as_str()));
+    let window = bounded.and_then(|spec| spec.get("window", 0usize).ok().filter(|n| *n > 0));
+    match (window, bounded) {
+        (Some(window), Some(spec)) => {
+            let sinks = spec.get("sinks", 0usize).unwrap_or(0);
+            let held = window.saturating_add(sinks).saturating_add(N_UBATCH);
+            match n_ctx {
+                0 => held,
+                n => held.min(n),
+            }
+        }
+        _ => n_ctx,
     }
 }
 

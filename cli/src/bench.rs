@@ -8,8 +8,8 @@ use crate::progress::{Progress, Unit};
 use crate::report::{self, Report};
 use anyhow::{Context, Result, bail};
 use mneme_engine::memory::spec::MemorySpec;
-use mneme_engine::ops::Peak;
-use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
+use mneme_engine::ops::{Contexts, Peak};
+use mneme_engine::{Engine, Error, Feed, Sequence, SequenceOptions, Want};
 use mneme_kernels::dispatch;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -101,7 +101,6 @@ pub fn run(args: &Args) -> Result<()> {
     args.output
         .iter()
         .try_for_each(|path| report::check(path))?;
-    let mut engine = args.model.load()?;
     let mut depths = args.n_depth.clone();
     depths.sort_unstable();
     depths.dedup();
@@ -110,6 +109,14 @@ pub fn run(args: &Args) -> Result<()> {
         .checked_add(args.n_prompt.max(args.n_gen).max(WARM_UP + 1))
         .filter(|n| *n < 1 << 30)
         .with_context(|| format!("-d {deepest}: too deep"))?;
+    let n_cells = match args.cells.ctx_size {
+        0 => n_tokens,
+        n => n,
+    };
+    let mut engine = args.model.load(Contexts {
+        n_cells,
+        ..args.cells.contexts(None)
+    })?;
     let tokens = args.tokens(&engine, n_tokens)?;
     let mut options = args.cells.options(&engine.model)?;
     if args.cells.ctx_size == 0 {
@@ -125,7 +132,8 @@ pub fn run(args: &Args) -> Result<()> {
     for spec in &specs {
         engine.sequence(spec, options)?;
     }
-    let peak = match args.no_peaks {
+    // Shares of one device's peaks say nothing where two run the model.
+    let peak = match args.no_peaks || engine.ops().first_layer() > 0 {
         true => None,
         false => Some(engine.ops().peak()?),
     };
@@ -240,16 +248,19 @@ impl Bench<'_> {
         self.step(seq, at, n, Want::Last)
     }
 
-    /// Seconds to decode `n` tokens one by one.
+    /// Seconds to decode `n` tokens one by one, each to the likeliest next one: what greedy sampling
+    /// takes.
     fn decode(&mut self, seq: &mut Sequence, at: usize, n: usize) -> Result<f64> {
-        (at..at + n).try_fold(0.0, |sum, i| Ok(sum + self.step(seq, i, 1, Want::Last)?))
+        (at..at + n).try_fold(0.0, |sum, i| Ok(sum + self.step(seq, i, 1, Want::Best(1))?))
     }
 
     fn step(&mut self, seq: &mut Sequence, at: usize, n: usize, want: Want) -> Result<f64> {
         interrupt::check()?;
         let tokens = &self.tokens[at..at + n];
         let start = Instant::now();
-        self.engine.step(&mut [Feed { seq, tokens, want }])?;
+        let feed = Feed { seq, tokens, want };
+        let done = self.engine.step_or_blame(&mut [feed]);
+        done.map_err(Error::from)?;
         Ok(start.elapsed().as_secs_f64())
     }
 

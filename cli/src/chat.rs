@@ -110,7 +110,7 @@ struct Chat<'a> {
 pub fn run(args: &Args) -> Result<()> {
     interrupt::watch();
     let params = args.sampling.params()?;
-    let engine = args.model.load()?;
+    let engine = args.model.load(args.memory.contexts())?;
     let model = engine.model.clone();
     let template = match (&args.chat_template, &args.chat_template_file) {
         (Some(text), _) if text.contains('{') => ChatTemplate::new(text)?,
@@ -613,8 +613,12 @@ impl Chat<'_> {
             // A short text: less than the pages that cells come in.
             false => format!("(cells come in pages of {PAGE_CELLS})"),
         };
+        let there = match s.card_bytes {
+            0 => String::new(),
+            n => format!(", {} of it on the GPU", human_bytes(n as f64)),
+        };
         format!(
-            "memory {}: {} held, a full cache {} {of_full}; {} tokens dropped",
+            "memory {}: {} held{there}, a full cache {} {of_full}; {} tokens dropped",
             self.seq.spec(),
             human_bytes(held as f64),
             human_bytes(s.full_bytes as f64),

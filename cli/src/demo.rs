@@ -15,6 +15,7 @@ use crate::progress::{Progress, Unit};
 use anyhow::{Context, Result, bail};
 use mneme_engine::SequenceOptions;
 use mneme_engine::memory::spec::MemorySpec;
+use mneme_engine::ops::Contexts;
 use rustyline::error::ReadlineError;
 use serde_json::json;
 use std::fmt::Write as _;
@@ -264,7 +265,7 @@ pub fn run(args: &Args) -> Result<()> {
         ubatch_size: None,
         device: args.device.clone(),
     }
-    .load()?;
+    .load(Contexts::default())?;
     let mut rig = Rig {
         form: Form::of(Style::Auto, &engine.model.tokenizer)?,
         options: SequenceOptions::default(),

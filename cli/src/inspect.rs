@@ -4,11 +4,12 @@ use crate::args::{CellArgs, MemoryArgs, ModelArgs, human_bytes, parse_kv, parse_
 use crate::device::DeviceArgs;
 use crate::segments;
 use anyhow::{Result, bail};
-use mneme_engine::engine::{N_UBATCH, kv_name};
+use mneme_engine::engine::N_UBATCH;
 use mneme_engine::gguf::{Gguf, TensorInfo, Value};
 use mneme_engine::hparams::Hparams;
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::ops;
+use mneme_engine::sequence::kv_name;
 use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout};
 use serde_json::{Map, json};
 use std::collections::BTreeMap;
@@ -56,6 +57,11 @@ pub struct Args {
     /// Type of values: f32, f16, bf16, q8_0
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = parse_kv)]
     cache_type_v: KvType,
+    /// Also say what lies where when a GPU runs this many layers, the last ones, and the CPU the
+    /// others (short: -ngl)
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    #[arg(long, value_name = "N", alias = "gpu-layers", value_parser = crate::device::parse_layers)]
+    n_gpu_layers: Option<mneme_engine::ops::Layers>,
     /// Print the whole value of one key and nothing else
     #[arg(long, value_name = "NAME", conflicts_with = "json")]
     key: Option<String>,
@@ -221,6 +227,14 @@ fn print_all(out: &mut impl Write, args: &Args, gguf: &Gguf) -> Result<()> {
                     human_bytes(m.peak_bytes as f64)
                 )?;
             }
+            #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+            if let Some((n, gpu, cpu)) = split(args, gguf) {
+                let [gpu, cpu] = [gpu, cpu].map(|bytes| crate::device::describe_bytes(&bytes));
+                writeln!(
+                    out,
+                    "  full, {n} layers on a GPU: there {gpu}; on the CPU {cpu}"
+                )?;
+            }
         }
     }
     Ok(())
@@ -272,6 +286,10 @@ fn as_json(args: &Args, gguf: &Gguf) -> serde_json::Value {
         Ok(estimate) => json!(estimate),
         Err(why) => json!({"error": why}),
     };
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if let Some((n, gpu, cpu)) = split(args, gguf) {
+        all["split"] = json!({"n_gpu_layers": n, "gpu": gpu, "cpu": cpu});
+    }
     all
 }
 
@@ -318,6 +336,30 @@ struct MemoryEstimate {
     n_bytes: u64,
     /// The whole process at its largest: loading, or running with the memory full.
     peak_bytes: u64,
+}
+
+/// Layers that `args` ask to have on a GPU, and what then lies there and on the CPU with a full cache.
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+fn split(args: &Args, gguf: &Gguf) -> Option<(usize, ops::Bytes, ops::Bytes)> {
+    use mneme_engine::engine::N_UBATCH_CARD;
+    let archs: Vec<&str> = mneme_engine::model::ARCHS.iter().map(|a| a.name).collect();
+    let hp = Hparams::from_gguf(gguf, gguf.path(), &archs).ok()?;
+    let n = match args.n_gpu_layers? {
+        ops::Layers::Fit => hp.n_layer,
+        ops::Layers::Some(n) => n.min(hp.n_layer),
+    };
+    let contexts = ops::Contexts {
+        n_cells: match args.ctx_size {
+            0 => hp.n_ctx_train,
+            n => n,
+        },
+        type_k: args.cache_type_k,
+        type_v: args.cache_type_v,
+        ..ops::Contexts::default()
+    };
+    let rows = [N_UBATCH, N_UBATCH_CARD];
+    let room = ops::Room::of(gguf, None, &hp, &contexts, rows, ops::card_bytes);
+    Some((n, room.card(n), room.host(n)))
 }
 
 impl Estimate {

@@ -5,6 +5,7 @@ use crate::interrupt;
 use crate::npy;
 use crate::progress::{Progress, Unit};
 use anyhow::{Result, bail};
+use mneme_engine::ops::Contexts;
 use mneme_engine::{Feed, Want};
 use std::path::PathBuf;
 
@@ -44,7 +45,10 @@ pub fn run(args: &Args) -> Result<()> {
     if prefill > ids.len() {
         bail!("--prefill {prefill}: there are {} ids", ids.len());
     }
-    let mut engine = args.model.load()?;
+    let mut engine = args.model.load(Contexts {
+        all_logits: true,
+        ..args.memory.contexts()
+    })?;
     let n_vocab = engine.model.hparams().n_vocab;
     let mut seq = args.memory.sequence(&engine)?;
     let mut out = npy::RowWriter::create(&args.out, ids.len(), n_vocab)?;

@@ -9,6 +9,7 @@ use crate::plots::{Line, Plot};
 use crate::progress::{Progress, Unit};
 use crate::report::{self, Report};
 use anyhow::{Context, Result, bail};
+use mneme_engine::ops::Contexts;
 use mneme_engine::{Engine, Feed, Want};
 use mneme_kernels::pool::Pool;
 use serde_json::json;
@@ -89,7 +90,10 @@ pub fn run(args: &Args) -> Result<()> {
         let at = e.utf8_error().valid_up_to();
         anyhow::anyhow!("{}: not UTF-8 at byte {at}", args.file.display())
     })?;
-    let mut engine = args.model.load()?;
+    let mut engine = args.model.load(Contexts {
+        all_logits: true,
+        ..args.memory.contexts()
+    })?;
     let mut memory = args.memory.clone();
     if memory.cells.ctx_size == 0 {
         memory.cells.ctx_size = N_CTX.min(engine.model.hparams().n_ctx_train);

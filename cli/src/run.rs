@@ -113,7 +113,7 @@ pub fn run(args: &Args) -> Result<()> {
         .iter()
         .try_for_each(|path| Saved::check(path))?;
     let start = Instant::now();
-    let mut engine = args.model.load()?;
+    let mut engine = args.model.load(args.memory.contexts())?;
     let load_seconds = start.elapsed().as_secs_f64();
     let model = engine.model.clone();
     let tokenizer = &model.tokenizer;

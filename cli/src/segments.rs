@@ -27,7 +27,7 @@ pub fn write_page(model: &ModelArgs, memory: &MemoryArgs, text: &Path, out: &Pat
     let source = String::from_utf8(bytes)
         .map_err(|e| e.utf8_error())
         .with_context(|| format!("{}: not UTF-8", text.display()))?;
-    let mut engine = model.load()?;
+    let mut engine = model.load(memory.contexts())?;
     let spec = memory.spec(&engine.model)?;
     let tokens = engine.model.tokenizer.encode(&source, true, false);
     if tokens.is_empty() {

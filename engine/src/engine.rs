@@ -1,218 +1,14 @@
-//! The engine: a model, threads, and sequences that are stepped together.
+//! The engine: a model, verbs, and the passes that step sequences together.
 
 use crate::error::{Error, FeedError, Result};
-use crate::gguf::Gguf;
-use crate::hparams::Hparams;
 use crate::memory::spec::MemorySpec;
-use crate::memory::{self, Context, Memory, NodeInfo, Pieces, Plan, Stats};
-use crate::model::{ARCHS, Arch, Pass, Scratch};
+use crate::memory::{Memory, Plan};
+use crate::model::{Pass, Scratch};
 use crate::ops::{MOST_BEST, Ops};
-use crate::session::{Decoder, Encoder, MAGIC, VERSION};
-use crate::tokenizer::Tokenizer;
-use crate::weights::{Loader, Weights};
-use mneme_kernels::attend::{KvType, PageLayout};
-use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
-use std::ops::RangeInclusive;
-use std::path::{Path, PathBuf};
+use crate::sequence::{Sequence, SequenceOptions};
 use std::sync::Arc;
 
-/// How a model is loaded.
-#[derive(Clone, Debug, Default)]
-pub struct LoadOptions {
-    /// A memory adapter to lay over the model.
-    pub memory_adapter: Option<PathBuf>,
-}
-
-/// A loaded model: immutable, shared by everything that uses it.
-pub struct Model {
-    /// The file it came from.
-    pub path: PathBuf,
-    /// Its vocabulary.
-    pub tokenizer: Arc<Tokenizer>,
-    /// Its tensors.
-    pub weights: Arc<Weights>,
-    arch: &'static Arch,
-    identity: u64,
-}
-
-impl Model {
-    /// Loads `path` for the verbs of `ops`. `progress` is told bytes done and bytes in all after each
-    /// tensor.
-    pub fn load(
-        path: &Path,
-        options: &LoadOptions,
-        ops: &dyn Ops,
-        mut progress: impl FnMut(u64, u64),
-    ) -> Result<Arc<Model>> {
-        let gguf = Arc::new(Gguf::open(path)?);
-        let adapter = options
-            .memory_adapter
-            .as_ref()
-            .map(|p| open_adapter(p, &gguf))
-            .transpose()?;
-        let known: Vec<_> = ARCHS.iter().map(|a| a.name).collect();
-        let hparams = Hparams::from_gguf(&gguf, path, &known)?;
-        let arch = ARCHS.iter().find(|a| a.name == hparams.arch);
-        let arch = arch.expect("hyperparameters are read for known architectures only");
-        let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
-        ops.check_room(bytes_on_device(&gguf))?;
-        let mut done = 0;
-        let loader = Loader {
-            ops,
-            gguf: &gguf,
-            adapter: adapter.as_ref(),
-            progress: &mut |bytes| {
-                done = (done + bytes as u64).min(total);
-                progress(done, total);
-            },
-        };
-        let weights = Arc::new(loader.load(hparams)?);
-        let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
-        Ok(Arc::new(Model {
-            path: path.to_owned(),
-            identity: identity(&gguf, adapter.as_deref()),
-            tokenizer,
-            weights,
-            arch,
-        }))
-    }
-
-    /// The hyperparameters.
-    pub fn hparams(&self) -> &Hparams {
-        &self.weights.hparams
-    }
-
-    /// The file's metadata.
-    pub fn gguf(&self) -> &Gguf {
-        &self.weights.gguf
-    }
-
-    /// A number that tells models apart: of names, shapes, types and a sample of every tensor.
-    pub fn identity(&self) -> u64 {
-        self.identity
-    }
-
-    /// The memory that suits the file: its own kind when it has one, else `full`.
-    pub fn default_memory(&self) -> MemorySpec {
-        let w = &self.weights;
-        let kind = w
-            .memory_file()
-            .opt_str(&w.memory_key("kind"))
-            .ok()
-            .flatten();
-        let text = match kind {
-            Some(kind) if memory::MEMORIES.iter().any(|row| row.name == kind) => kind,
-            _ => "full",
-        };
-        MemorySpec {
-            name: text.into(),
-            options: Vec::new(),
-            text: text.into(),
-        }
-    }
-}
-
-/// Bytes of the tensors that lie where the model runs: not the decider of a compressor, nor
-/// embeddings that are not the head as well.
-fn bytes_on_device(gguf: &Gguf) -> u64 {
-    let untied = gguf.tensor("output.weight").is_some();
-    let there =
-        |name: &str| !(name.starts_with("mem.decider.") || untied && name == "token_embd.weight");
-    let tensors = gguf.tensors().iter().filter(|t| there(&t.name));
-    tensors.map(|t| t.n_bytes).sum()
-}
-
-/// Opens a memory adapter and checks that it was made for this base.
-fn open_adapter(path: &Path, base: &Gguf) -> Result<Arc<Gguf>> {
-    let adapter = Gguf::open(path)?;
-    let refuse = |what: String| Error::Adapter {
-        adapter: path.to_owned(),
-        what,
-    };
-    for (key, expected) in [("general.type", "adapter"), ("adapter.type", "memory")] {
-        let got = adapter.opt_str(key)?;
-        if got != Some(expected) {
-            return Err(refuse(format!(
-                "`{key}` is {}, expected `{expected}`",
-                got.map_or("absent".into(), |s| format!("`{s}`")),
-            )));
-        }
-    }
-    let arch = base.str("general.architecture")?;
-    let made_for = adapter.str("general.architecture")?;
-    if made_for != arch {
-        return Err(refuse(format!(
-            "made for architecture `{made_for}`, the model is `{arch}`"
-        )));
-    }
-    for suffix in [
-        "embedding_length",
-        "block_count",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-    ] {
-        let key = format!("{arch}.{suffix}");
-        if let (Some(mine), Some(theirs)) = (adapter.opt_u32(&key)?, base.opt_u32(&key)?)
-            && mine != theirs
-        {
-            return Err(refuse(format!(
-                "made for {key} = {mine}, the model has {theirs}"
-            )));
-        }
-    }
-    Ok(Arc::new(adapter))
-}
-
-/// FNV-1a over what tells two model files apart.
-fn identity(gguf: &Gguf, adapter: Option<&Gguf>) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    let mut eat = |bytes: &[u8]| {
-        for &b in bytes {
-            hash = (hash ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    };
-    for file in std::iter::once(gguf).chain(adapter) {
-        for tensor in file.tensors() {
-            eat(tensor.name.as_bytes());
-            eat(tensor.ty.name().as_bytes());
-            tensor.dims.iter().for_each(|d| eat(&d.to_le_bytes()));
-            let data = file.data(tensor);
-            eat(&data[..data.len().min(64)]);
-        }
-    }
-    hash
-}
-
-struct TokenPieces(Arc<Tokenizer>);
-
-impl Pieces for TokenPieces {
-    fn piece(&self, id: u32) -> &[u8] {
-        self.0.piece(id)
-    }
-}
-
-/// What a sequence holds at most, and in which types.
-#[derive(Clone, Copy, Debug)]
-pub struct SequenceOptions {
-    /// Most cells per layer; 0 for what the model was trained with.
-    pub n_ctx: usize,
-    /// Type of keys.
-    pub type_k: KvType,
-    /// Type of values.
-    pub type_v: KvType,
-}
-
-impl Default for SequenceOptions {
-    fn default() -> SequenceOptions {
-        SequenceOptions {
-            n_ctx: 0,
-            type_k: KvType::F16,
-            type_v: KvType::F16,
-        }
-    }
-}
+pub use crate::load::{LoadOptions, Model};
 
 /// What a feed wants of the pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -281,7 +77,10 @@ pub struct Engine {
     /// The model.
     pub model: Arc<Model>,
     ops: Box<dyn Ops>,
+    /// Of the layers that run by the verbs themselves, the last ones.
     scratch: Scratch,
+    /// Of the layers before them, where the model is split.
+    before: Scratch,
     /// A pass's logits, where another device computed them.
     logits: Vec<f32>,
     n_ubatch: usize,
@@ -298,7 +97,8 @@ impl Engine {
     pub fn new(model: Arc<Model>, ops: impl Into<Box<dyn Ops>>, n_ubatch: usize) -> Engine {
         let ops = ops.into();
         let n_ubatch = match n_ubatch {
-            0 if ops.device().is_host() => N_UBATCH,
+            // The host's layers of a split model take most of a pass.
+            0 if ops.of_layer(0).device().is_host() => N_UBATCH,
             0 => N_UBATCH_CARD,
             n => n,
         };
@@ -306,6 +106,7 @@ impl Engine {
             model,
             ops,
             scratch: Scratch::default(),
+            before: Scratch::default(),
             logits: Vec::new(),
             n_ubatch,
         }
@@ -435,7 +236,12 @@ impl Engine {
             row += plan.entries.len();
         }
         let run = self.run(feeds, &plans, out_rows, hidden);
-        let mut best = match run.and_then(|()| self.best(feeds, &answers)) {
+        let run = run.and_then(|()| self.best(feeds, &answers));
+        let run = run.and_then(|best| {
+            self.bring_home(feeds, &plans)?;
+            Ok(best)
+        });
+        let mut best = match run {
             Ok(best) => best,
             Err(e) => {
                 for feed in feeds {
@@ -537,359 +343,47 @@ impl Engine {
         out_rows: Vec<usize>,
         hidden: bool,
     ) -> Result<()> {
-        let sequences: Vec<(&mut (dyn Memory + 'static), &Plan)> = feeds
-            .iter_mut()
-            .zip(plans)
-            .filter(|(_, plan)| !plan.entries.is_empty())
-            .map(|(feed, plan)| (&mut *feed.seq.memory, plan))
-            .collect();
+        let sequences: Vec<_> = planned(feeds, plans).collect();
         if sequences.is_empty() {
             return Ok(());
         }
         let mut pass = Pass::new(
             &*self.ops,
             &self.model.weights,
-            &mut self.scratch,
+            [&mut self.before, &mut self.scratch],
             sequences,
             out_rows,
         )?;
         pass.hidden = hidden;
-        self.ops.run(&mut pass, self.model.arch.forward)
+        pass.run(self.model.arch.forward)
+    }
+
+    /// Takes home what the compressor left of tokens that came alone. Whatever the pass computed is
+    /// waited for here, where nothing else of it was wanted.
+    fn bring_home(&mut self, feeds: &mut [Feed<'_>], plans: &[Plan]) -> Result<()> {
+        let Some(nodes) = &self.model.weights.nodes else {
+            return Ok(());
+        };
+        // The compressor ran with the first layer, by that layer's buffers.
+        let s = match self.ops.first_layer() {
+            0 => &mut self.scratch.trunk,
+            _ => &mut self.before.trunk,
+        };
+        let steps = planned(feeds, plans).filter_map(|(memory, _)| memory.trunk_step());
+        let mut steps: Vec<_> = steps.collect();
+        match &steps[..] {
+            [] => Ok(()),
+            _ => nodes.bring_home(&*self.ops, s, &mut steps),
+        }
     }
 }
 
-/// A conversation: the tokens read so far and what is remembered of them.
-pub struct Sequence {
-    memory: Box<dyn Memory>,
-    spec: MemorySpec,
-    options: SequenceOptions,
-    model: Arc<Model>,
-    tokens: Vec<u32>,
-    /// Forks of the memory at moments worth returning to, oldest first.
-    marks: Vec<(usize, Box<dyn Memory>)>,
-    /// Whether a dial was turned, so that the description no longer says all.
-    altered: bool,
-}
-
-/// Marks kept per sequence whatever they hold, and at most; the oldest but the first goes when one
-/// more is set.
-pub const MARKS: RangeInclusive<usize> = 8..=64;
-/// Between the two, as many marks as would fit these bytes if they shared nothing.
-pub const MARK_BYTES: usize = 256 << 20;
-
-impl Sequence {
-    /// An empty sequence.
-    pub fn new(
-        model: &Arc<Model>,
-        spec: &MemorySpec,
-        options: SequenceOptions,
-    ) -> Result<Sequence> {
-        let hp = model.hparams();
-        let ctx = Context {
-            weights: Arc::clone(&model.weights),
-            pieces: Arc::new(TokenPieces(Arc::clone(&model.tokenizer))),
-            layout: PageLayout {
-                n_head_kv: hp.n_head_kv,
-                head_dim_k: hp.head_dim,
-                head_dim_v: hp.head_dim,
-                ty_k: options.type_k,
-                ty_v: options.type_v,
-            },
-            n_ctx: match options.n_ctx {
-                0 => hp.n_ctx_train,
-                n => n,
-            },
-        };
-        if (options.type_k == KvType::Q8_0 || options.type_v == KvType::Q8_0)
-            && !hp.head_dim.is_multiple_of(32)
-        {
-            return Err(spec.refuse(format!(
-                "q8_0 keys and values need heads of a multiple of 32, this model's have {}",
-                hp.head_dim
-            )));
-        }
-        Ok(Sequence {
-            memory: memory::build(&ctx, spec)?,
-            spec: spec.clone(),
-            options,
-            model: Arc::clone(model),
-            tokens: Vec::new(),
-            marks: Vec::new(),
-            altered: false,
-        })
-    }
-
-    /// Tokens read so far.
-    pub fn tokens(&self) -> &[u32] {
-        &self.tokens
-    }
-
-    /// Number of tokens read so far.
-    pub fn n_past(&self) -> usize {
-        self.tokens.len()
-    }
-
-    /// The memory's description.
-    pub fn spec(&self) -> &MemorySpec {
-        &self.spec
-    }
-
-    /// Numbers about the memory.
-    pub fn stats(&self) -> Stats {
-        self.memory.stats()
-    }
-
-    /// The nodes held.
-    pub fn nodes(&self) -> Vec<NodeInfo> {
-        self.memory.nodes()
-    }
-
-    /// A token that must come next whatever the logits say.
-    pub fn forced_next(&self) -> Option<u32> {
-        self.memory.forced_next()
-    }
-
-    /// Changes a dial of the memory (`tau`, `target_rate`) for everything read from now on, in
-    /// remembered states too.
-    pub fn set(&mut self, dial: &str, value: f64) -> Result<()> {
-        self.altered = true;
-        let marks = self.marks.iter_mut().map(|(_, memory)| memory);
-        for memory in std::iter::once(&mut self.memory).chain(marks) {
-            (memory.set(dial, value)).map_err(|what| self.spec.refuse(what))?;
-        }
-        Ok(())
-    }
-
-    /// Remembers this moment: [`Sequence::truncate`] can return to it exactly. Pages are shared,
-    /// so a mark costs the recurrent state and what is freed later.
-    pub fn mark(&mut self) {
-        let n = self.tokens.len();
-        if self.marks.last().is_some_and(|(at, _)| *at == n) {
-            return;
-        }
-        let stats = self.stats();
-        let held = (stats.cell_bytes + stats.state_bytes).max(1);
-        let most = (MARK_BYTES / held).clamp(*MARKS.start(), *MARKS.end());
-        if self.marks.len() >= most {
-            self.marks.drain(1..self.marks.len() + 2 - most);
-        }
-        self.marks.push((n, self.memory.fork()));
-    }
-
-    /// Goes back to at most `n` tokens and returns how many are still known: `n` where the memory
-    /// can take tokens back, else the last cut (`nodes`, `gist`) or mark before, else 0. The rest of
-    /// the `n` must be fed again.
-    pub fn truncate(&mut self, ops: &dyn Ops, n: usize) -> usize {
-        let n = n.min(self.tokens.len());
-        self.marks.retain(|(at, _)| *at <= n);
-        // A memory that cannot go back empties itself: try on a fork.
-        let mut memory = self.memory.fork();
-        let mut held = memory.truncate(ops, &self.tokens, n);
-        if let Some((at, mark)) = self.marks.last()
-            && *at > held
-        {
-            memory = mark.fork();
-            held = *at;
-        }
-        self.memory = memory;
-        self.tokens.truncate(held);
-        held
-    }
-
-    /// Frees no cell from now on; what is visible stays the same. The mask that freeing is tested
-    /// against.
-    pub fn hold_all(&mut self) {
-        self.memory.store_mut().hold_all();
-    }
-
-    /// A second sequence with the same past; cells are shared until written.
-    pub fn fork(&self) -> Sequence {
-        Sequence {
-            memory: self.memory.fork(),
-            spec: self.spec.clone(),
-            options: self.options,
-            model: Arc::clone(&self.model),
-            tokens: self.tokens.clone(),
-            marks: Vec::new(),
-            altered: self.altered,
-        }
-    }
-
-    /// As [`Sequence::fork`], with the remembered moments.
-    pub fn twin(&self) -> Sequence {
-        let marks = self.marks.iter().map(|(at, memory)| (*at, memory.fork()));
-        Sequence {
-            marks: marks.collect(),
-            ..self.fork()
-        }
-    }
-
-    /// Whether a dial of the memory was turned since it was made.
-    pub fn is_altered(&self) -> bool {
-        self.altered
-    }
-
-    /// Bytes of the memory and its remembered moments, counted as if they shared nothing.
-    pub fn n_bytes(&self) -> usize {
-        let bytes = |memory: &dyn Memory| {
-            let stats = memory.stats();
-            stats.cell_bytes + stats.state_bytes
-        };
-        let marks: usize = self.marks.iter().map(|(_, memory)| bytes(&**memory)).sum();
-        bytes(&*self.memory) + marks
-    }
-
-    /// The sequence as [`Sequence::save`] writes it, in host memory. Remembered moments are not in it.
-    pub fn pack(&self) -> std::io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        let mut out = Encoder::new(&mut bytes);
-        self.encode(&mut out, &[])?;
-        out.finish()?;
-        Ok(bytes)
-    }
-
-    /// Reads what [`Sequence::pack`] wrote.
-    pub fn unpack(model: &Arc<Model>, bytes: &[u8], n_ctx: usize) -> Result<Sequence> {
-        let mut reader = bytes;
-        let (seq, _) = Sequence::decode(
-            model,
-            &mut reader,
-            bytes.len() as u64,
-            n_ctx,
-            Path::new("-"),
-        )?;
-        Ok(seq)
-    }
-
-    /// Writes the sequence to `path`, replacing an older file only once all is written. `extra` is
-    /// the caller's own (sampler state).
-    pub fn save(&self, path: &Path, extra: &[u8]) -> Result<u64> {
-        let io = |source| Error::Io {
-            path: path.to_owned(),
-            source,
-        };
-        if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) {
-            return Err(io(std::io::Error::other("is there and no regular file")));
-        }
-        let dir = match path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
-        let mut temp = tempfile::Builder::new()
-            .prefix(".mneme-")
-            .tempfile_in(dir)
-            .map_err(io)?;
-        {
-            let mut buffered = BufWriter::new(temp.as_file_mut());
-            let mut out = Encoder::new(&mut buffered);
-            self.encode(&mut out, extra).map_err(io)?;
-            out.finish().map_err(io)?;
-            buffered.flush().map_err(io)?;
-        }
-        temp.as_file().sync_all().map_err(io)?;
-        let n = temp.as_file().metadata().map_err(io)?.len();
-        temp.persist(path).map_err(|e| io(e.error))?;
-        Ok(n)
-    }
-
-    fn encode(&self, out: &mut Encoder<'_>, extra: &[u8]) -> std::io::Result<()> {
-        out.bytes(&MAGIC)?;
-        out.u32(VERSION)?;
-        out.u64(self.model.identity())?;
-        out.blob(self.spec.text.as_bytes())?;
-        out.blob(kv_name(self.options.type_k).as_bytes())?;
-        out.blob(kv_name(self.options.type_v).as_bytes())?;
-        out.u32s(&self.tokens)?;
-        out.blob(extra)?;
-        self.memory.save(out)
-    }
-
-    /// Reads a sequence written by [`Sequence::save`] for the same model and memory; returns it
-    /// with the caller's bytes.
-    pub fn load(model: &Arc<Model>, path: &Path, n_ctx: usize) -> Result<(Sequence, Vec<u8>)> {
-        let file = File::open(path).map_err(|source| Error::Io {
-            path: path.to_owned(),
-            source,
-        })?;
-        let len = file.metadata().map_or(0, |m| m.len());
-        Sequence::decode(model, &mut BufReader::new(file), len, n_ctx, path)
-    }
-
-    /// Reads `len` bytes that [`Sequence::encode`] wrote; `path` is what errors name.
-    fn decode(
-        model: &Arc<Model>,
-        reader: &mut dyn Read,
-        len: u64,
-        n_ctx: usize,
-        path: &Path,
-    ) -> Result<(Sequence, Vec<u8>)> {
-        let refuse = |what: String| Error::Session {
-            path: path.to_owned(),
-            what,
-        };
-        let mut from = Decoder::new(reader, len);
-        let broken = |e: std::io::Error| refuse(e.to_string());
-        let mut magic = [0; 8];
-        from.bytes_into(&mut magic).map_err(broken)?;
-        if magic != MAGIC {
-            return Err(refuse("not a session file".into()));
-        }
-        let version = from.u32().map_err(broken)?;
-        if version != VERSION {
-            return Err(refuse(format!(
-                "version {version}; this program reads version {VERSION}"
-            )));
-        }
-        let identity = from.u64().map_err(broken)?;
-        if identity != model.identity() {
-            return Err(refuse(format!(
-                "made with another model than {}",
-                model.path.display()
-            )));
-        }
-        let spec = from.string().map_err(broken)?.parse::<MemorySpec>();
-        let spec = spec.map_err(|e| refuse(e.to_string()))?;
-        let mut kv = || -> Result<KvType> {
-            let name = from.string().map_err(broken)?;
-            kv_type(&name).ok_or_else(|| refuse(format!("unknown K/V type `{name}`")))
-        };
-        let options = SequenceOptions {
-            n_ctx,
-            type_k: kv()?,
-            type_v: kv()?,
-        };
-        let tokens = from.u32s().map_err(broken)?;
-        let n_vocab = model.hparams().n_vocab;
-        if let Some(&id) = tokens.iter().find(|&&id| id as usize >= n_vocab) {
-            return Err(refuse(Error::TokenId { id, n_vocab }.to_string()));
-        }
-        let extra = from.blob().map_err(broken)?;
-        let mut seq = Sequence::new(model, &spec, options)?;
-        seq.memory.restore(&mut from).map_err(broken)?;
-        from.finish().map_err(broken)?;
-        if seq.memory.stats().n_tokens != tokens.len() {
-            return Err(refuse("the tokens do not match the memory".into()));
-        }
-        seq.tokens = tokens;
-        Ok((seq, extra))
-    }
-}
-
-/// Names of K/V types as `-ctk` takes them.
-pub const KV_TYPES: &[(&str, KvType)] = &[
-    ("f32", KvType::F32),
-    ("f16", KvType::F16),
-    ("bf16", KvType::BF16),
-    ("q8_0", KvType::Q8_0),
-];
-
-/// The K/V type called `name`.
-pub fn kv_type(name: &str) -> Option<KvType> {
-    KV_TYPES.iter().find(|(n, _)| *n == name).map(|(_, t)| *t)
-}
-
-/// The name of a K/V type.
-pub fn kv_name(ty: KvType) -> &'static str {
-    let row = KV_TYPES.iter().find(|(_, t)| *t == ty);
-    row.expect("every type has a name").0
+/// The memories that have rows in a pass, with their plans, in the order of the rows.
+fn planned<'a>(
+    feeds: &'a mut [Feed<'_>],
+    plans: &'a [Plan],
+) -> impl Iterator<Item = (&'a mut (dyn Memory + 'static), &'a Plan)> {
+    let with_plans = feeds.iter_mut().zip(plans);
+    let with_rows = with_plans.filter(|(_, plan)| !plan.entries.is_empty());
+    with_rows.map(|(feed, plan)| (&mut *feed.seq.memory, plan))
 }

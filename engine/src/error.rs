@@ -110,15 +110,29 @@ pub enum Error {
         /// Why it failed.
         source: mneme_kernels::cuda::Error,
     },
-    /// The weights are more than a card has room for.
-    #[error("{device}: the weights take at least {needed} bytes and {free} are free")]
+    /// More than a card has room for.
+    #[error("{device}: {what} take {needed} bytes and {free} are free")]
     DeviceFull {
         /// The card.
         device: String,
-        /// Bytes of the tensors it would hold.
+        /// What it would hold, with the bytes of its parts where there are several.
+        what: String,
+        /// Bytes of it.
         needed: u64,
         /// Bytes free.
         free: u64,
+    },
+    /// A model would be split behind its last layer.
+    #[error(
+        "{device}: the model has {n_layer} layers, expected a split before the last, got {first}"
+    )]
+    Split {
+        /// The card.
+        device: String,
+        /// Layers of the model.
+        n_layer: usize,
+        /// First layer that would run on the card.
+        first: usize,
     },
     /// Sequences of one pass keep their cells in different types.
     #[error("sequences of one pass must have the same types of keys and values")]

@@ -11,14 +11,17 @@ pub mod error;
 pub mod gguf;
 pub mod grammar;
 pub mod hparams;
+mod load;
 pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod sampler;
 pub mod scheduler;
+pub mod sequence;
 pub mod session;
 pub mod tokenizer;
 pub mod weights;
 
-pub use engine::{Engine, Feed, LoadOptions, Model, Output, Sequence, SequenceOptions, Want};
+pub use engine::{Engine, Feed, LoadOptions, Model, Output, Want};
 pub use error::{Error, FeedError, Result};
+pub use sequence::{Sequence, SequenceOptions};

@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 /// Tensors of one decoder layer.
 pub struct Layer {
+    /// Where they are, and with them the layer's cells and states of every sequence.
+    pub device: Device,
     /// `attn_norm.weight` `[n_embd]`.
     pub attn_norm: Buffer,
     /// `attn_q.weight` `[n_head * head_dim, n_embd]`.
@@ -41,6 +43,9 @@ pub struct Layer {
     pub ffn_up: Matrix,
     /// `ffn_down.weight` `[n_embd, n_ff]`.
     pub ffn_down: Matrix,
+    /// Rotary frequencies `[n_rot / 2]`, scaling and `rope_freqs.weight` applied; shared by the
+    /// layers of a device.
+    pub rope_inv_freq: Arc<Buffer>,
     /// `ahn_*`, where the file or its adapter has them.
     pub ahn: Option<AhnTensors>,
 }
@@ -57,14 +62,10 @@ pub struct Weights {
     pub output_norm: Buffer,
     /// `output.weight` `[n_vocab, n_embd]`, or `token_embd.weight` again (tied).
     pub output: Matrix,
-    /// Rotary frequencies `[n_rot / 2]`, scaling and `rope_freqs.weight` applied.
-    pub rope_inv_freq: Buffer,
     /// Factor on the rotary cos and sin (YaRN).
     pub rope_mscale: f32,
     /// `mem.*`, where the file or its adapter has them.
     pub nodes: Option<NodeTensors>,
-    /// Where the tensors are, and with them the cells of every sequence.
-    pub device: Device,
     /// The file, for memory keys read when a memory is built.
     pub gguf: Arc<Gguf>,
     /// The memory adapter laid over it.
@@ -111,7 +112,7 @@ impl Weights {
 
 /// Reads tensors by name from a model file and, for memory tensors, its adapter.
 pub struct Loader<'a> {
-    /// The verbs that will use the tensors.
+    /// The verbs that will use the tensors: of the layer they belong to.
     pub ops: &'a dyn Ops,
     /// The model file.
     pub gguf: &'a Arc<Gguf>,
@@ -214,11 +215,12 @@ impl Loader<'_> {
         self.has(name).then(|| self.vector(name, n)).transpose()
     }
 
-    fn layer(&mut self, il: usize, hp: &Hparams) -> Result<Layer> {
+    fn layer(&mut self, il: usize, hp: &Hparams, inv_freq: Arc<Buffer>) -> Result<Layer> {
         let name = |suffix: &str| format!("blk.{il}.{suffix}");
         let (e, d) = (hp.n_embd, hp.head_dim);
         let (n_q, n_kv) = (hp.n_head * d, hp.n_head_kv * d);
         Ok(Layer {
+            device: self.ops.device().clone(),
             attn_norm: self.buffer(&name("attn_norm.weight"), e)?,
             attn_q: self.matrix(&name("attn_q.weight"), n_q, e)?,
             attn_k: self.matrix(&name("attn_k.weight"), n_kv, e)?,
@@ -234,6 +236,7 @@ impl Loader<'_> {
             ffn_gate: self.matrix(&name("ffn_gate.weight"), hp.n_ff, e)?,
             ffn_up: self.matrix(&name("ffn_up.weight"), hp.n_ff, e)?,
             ffn_down: self.matrix(&name("ffn_down.weight"), e, hp.n_ff)?,
+            rope_inv_freq: inv_freq,
             ahn: AhnTensors::load(self, il, hp)?,
         })
     }
@@ -252,16 +255,6 @@ impl Loader<'_> {
             }
         }
         let token_embd = self.table("token_embd.weight", hp.n_vocab, hp.n_embd)?;
-        let layers = (0..hp.n_layer)
-            .map(|il| self.layer(il, hp))
-            .collect::<Result<Vec<_>>>()?;
-        let output_norm = self.buffer("output_norm.weight", hp.n_embd)?;
-        let head = if self.has("output.weight") {
-            "output.weight"
-        } else {
-            "token_embd.weight"
-        };
-        let output = self.matrix(head, hp.n_vocab, hp.n_embd)?;
         let freq_factors = self.vector_if("rope_freqs.weight", hp.n_rot / 2)?;
         let divides = |f: &f32| f.is_finite() && *f > 0.0;
         if let Some(bad) = freq_factors.iter().flatten().find(|f| !divides(f)) {
@@ -272,16 +265,35 @@ impl Loader<'_> {
             });
         }
         let (rope_inv_freq, rope_mscale) = hp.rope_frequencies(freq_factors.as_deref());
-        let device = self.ops.device().clone();
+        let ops = self.ops;
+        let mut layers: Vec<Layer> = Vec::with_capacity(hp.n_layer);
+        for il in 0..hp.n_layer {
+            self.ops = ops.of_layer(il);
+            let device = self.ops.device();
+            let before = layers.last().filter(|layer| layer.device == *device);
+            let inv_freq = match before {
+                Some(layer) => Arc::clone(&layer.rope_inv_freq),
+                None => Arc::new(device.upload(rope_inv_freq.clone())?),
+            };
+            layers.push(self.layer(il, hp, inv_freq)?);
+        }
+        self.ops = ops;
+        let output_norm = self.buffer("output_norm.weight", hp.n_embd)?;
+        let head = if self.has("output.weight") {
+            "output.weight"
+        } else {
+            "token_embd.weight"
+        };
+        let output = self.matrix(head, hp.n_vocab, hp.n_embd)?;
+        // It reads embeddings, and its slots enter the first layer.
+        self.ops = ops.of_layer(0);
         let nodes = NodeTensors::load(&mut self, hp)?;
         Ok(Weights {
             token_embd,
             layers,
             output_norm,
             output,
-            rope_inv_freq: device.upload(rope_inv_freq)?,
             rope_mscale,
-            device,
             nodes,
             gguf: Arc::clone(self.gguf),
             adapter: self.adapter.map(Arc::clone),

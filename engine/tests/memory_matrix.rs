@@ -214,6 +214,79 @@ fn chunks_of_any_size_give_the_same_logits_and_cuts() {
     }
 }
 
+/// Single tokens of sequences at different places in one pass, and a prompt beside them: the bits each
+/// has alone.
+#[test]
+fn neighbours_in_a_pass_change_nothing() {
+    for mut b in rows() {
+        let ids = b.ids.clone();
+        let (expected, one) = b.run(&ids, 1);
+        let n_vocab = expected.len() / ids.len();
+        let at = [0, 7, 20, 21];
+        let mut seqs = at.map(|n| b.run(&ids[..n], 1).1);
+        let mut late = b.sequence();
+        let n_steps = ids.len() - 21;
+        for i in 0..n_steps {
+            let want = Want::All;
+            let feeds = seqs.iter_mut().zip(at).map(|(seq, n)| Feed {
+                seq,
+                tokens: &ids[n + i..n + i + 1],
+                want,
+            });
+            let mut feeds: Vec<_> = feeds.collect();
+            if i % 3 == 0 {
+                let n = late.n_past();
+                feeds.push(Feed {
+                    seq: &mut late,
+                    tokens: &ids[n..(n + 2).min(ids.len())],
+                    want,
+                });
+            }
+            let got = b.engine.step(&mut feeds).expect("the tokens fit");
+            for (got, n) in got.iter().zip(at) {
+                let row = (n + i) * n_vocab..(n + i + 1) * n_vocab;
+                b.same(got, &expected[row], b.slack, "neighbours");
+            }
+        }
+        let stats = (seqs[3].stats(), seqs[3].nodes());
+        assert_eq!(stats, (one.stats(), one.nodes()), "{}", b.memory);
+    }
+}
+
+/// A pass that one sequence has no room for: the others have read nothing of it.
+#[test]
+fn a_neighbour_without_room_changes_nothing() {
+    for mut b in rows() {
+        let ids = b.ids.clone();
+        let (expected, _) = b.run(&ids, 1);
+        let n_vocab = expected.len() / ids.len();
+        let options = SequenceOptions {
+            n_ctx: 1,
+            type_k: b.type_kv,
+            type_v: b.type_kv,
+        };
+        let full = "full".parse().expect("full");
+        let mut small = b.engine.sequence(&full, options).expect("full");
+        b.feed(&mut small, &ids[..1], Want::None);
+        let mut seq = b.sequence();
+        for (i, id) in ids.iter().enumerate().take(40) {
+            let token = std::slice::from_ref(id);
+            let want = Want::All;
+            let feeds = [&mut seq, &mut small].map(|seq| Feed {
+                seq,
+                tokens: token,
+                want,
+            });
+            let mut feeds = feeds;
+            assert!(b.engine.step(&mut feeds).is_err(), "no room for two");
+            assert_eq!(seq.n_past(), i);
+            let got = b.feed(&mut seq, token, want);
+            let row = i * n_vocab..(i + 1) * n_vocab;
+            b.same(&got, &expected[row], b.slack, "after a refusal");
+        }
+    }
+}
+
 /// Without logits of every token closed segments may be skipped; the last logits are the same.
 #[test]
 fn skipping_closed_segments_is_exact() {

@@ -282,6 +282,7 @@ impl Bench<'_> {
                         g: Some(gate.all()),
                         beta: gate.all(),
                         resets: None,
+                        from: None,
                         state: state.slice_mut(i * state_len..(i + 1) * state_len),
                         out: out.all_mut(),
                     };

@@ -27,44 +27,57 @@ KERNEL(decay_gate, 256, GateArgs) {
     a.x[i] = a.a[head] * softplus(a.x[i] + a.bias[head]);
 }
 
+static constexpr int CONV_SEQUENCES = 64;
+
+struct ConvSequence {
+    const float *past;  // [3, w]: the three inputs before its rows
+    float *next;        // [3, w]: the last three of past and its rows
+    int row, n;         // its first row, and how many
+    int first;          // number of its first run of tokens
+    int unused;
+};
+
 struct ConvArgs {
-    const float *x;     // [n, w]
+    const float *x;     // [rows, w], of all sequences
     const float *taps;  // [w, 4], the current input last
-    const float *past;  // [3, w]: the three inputs before x
-    float *next;        // [3, w]: the last three of past and x
-    float *out;         // [n, w]
-    int n, w;
+    float *out;         // [rows, w]
+    int w, n_sequences;
+    ConvSequence sequences[CONV_SEQUENCES];
 };
 
 // Tokens that a thread walks.
 static constexpr int CONV_TOKENS = 16;
 
-// Input t of channel c, before x if t is negative.
-DEVICE float conv_input(const ConvArgs &a, int t, int c) {
-    return t < 0 ? a.past[static_cast<size_t>(3 + t) * a.w + c] : a.x[static_cast<size_t>(t) * a.w + c];
-}
-
 // silu of the causal convolution over the last four inputs of each channel. Grid [channels, runs of
-// tokens]: within a run the inputs that are needed again stay in registers.
+// tokens of all sequences]: within a run the inputs that are needed again stay in registers.
 KERNEL(conv_silu, 256, ConvArgs) {
-    const int c = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y * CONV_TOKENS;
+    const int c = blockIdx.x * blockDim.x + threadIdx.x, run = blockIdx.y;
     if (c >= a.w) return;
+    int which = 0;
+    while (which + 1 < a.n_sequences && run >= a.sequences[which + 1].first) which++;
+    const ConvSequence &s = a.sequences[which];
+    const int first = (run - s.first) * CONV_TOKENS;
+    const float *const x = a.x + static_cast<size_t>(s.row) * a.w + c;
+    float *const out = a.out + static_cast<size_t>(s.row) * a.w + c;
+    // Input t of the channel, before its rows if t is negative.
+    const auto input = [&](int t) {
+        return t < 0 ? s.past[static_cast<size_t>(3 + t) * a.w + c] : x[static_cast<size_t>(t) * a.w];
+    };
     const float *const taps = a.taps + 4 * static_cast<size_t>(c);
-    float x0 = conv_input(a, first - 3, c), x1 = conv_input(a, first - 2, c);
-    float x2 = conv_input(a, first - 1, c);
-    const int end = min(first + CONV_TOKENS, a.n);
+    float x0 = input(first - 3), x1 = input(first - 2), x2 = input(first - 1);
+    const int end = min(first + CONV_TOKENS, s.n);
     for (int t = first; t < end; t++) {
-        const size_t at = static_cast<size_t>(t) * a.w + c;
-        const float x3 = a.x[at];
-        a.out[at] = silu(taps[0] * x0 + taps[1] * x1 + taps[2] * x2 + taps[3] * x3);
+        const size_t at = static_cast<size_t>(t) * a.w;
+        const float x3 = x[at];
+        out[at] = silu(taps[0] * x0 + taps[1] * x1 + taps[2] * x2 + taps[3] * x3);
         x0 = x1;
         x1 = x2;
         x2 = x3;
     }
-    if (end == a.n) {
-        a.next[c] = x0;
-        a.next[a.w + c] = x1;
-        a.next[2 * static_cast<size_t>(a.w) + c] = x2;
+    if (end == s.n) {
+        s.next[c] = x0;
+        s.next[a.w + c] = x1;
+        s.next[2 * static_cast<size_t>(a.w) + c] = x2;
     }
 }
 

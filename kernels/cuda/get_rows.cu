@@ -77,9 +77,9 @@ KERNEL(get_rows_q4_k, 256, GetRowsArgs) { get_rows<PACKED_Q4_K>(a); }
 KERNEL(get_rows_q6_k, 256, GetRowsArgs) { get_rows<PACKED_Q6_K>(a); }
 
 struct CopyRowsArgs {
-    const float *x;       // [n_rows, n_cols]
+    const float *x;       // copy: [n_rows, n_cols]; put: [n, n_cols]
     const uint32_t *ids;  // [n]
-    float *out;           // [n, n_cols]
+    float *out;           // copy: [n, n_cols]; put: [n_rows, n_cols]
     uint32_t n_rows;
     int n_cols;
 };
@@ -91,4 +91,13 @@ KERNEL(copy_rows, 256, CopyRowsArgs) {
     if (c >= a.n_cols) return;
     a.out[static_cast<size_t>(blockIdx.y) * a.n_cols + c] =
         id < a.n_rows ? a.x[static_cast<size_t>(id) * a.n_cols + c] : bits_f32(0x7fc00000u);
+}
+
+// out[ids[i], :] = x[i, :]; nothing for a row that is not there.
+KERNEL(put_rows, 256, CopyRowsArgs) {
+    const uint32_t id = a.ids[blockIdx.y];
+    const int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= a.n_cols || id >= a.n_rows) return;
+    a.out[static_cast<size_t>(id) * a.n_cols + c] =
+        a.x[static_cast<size_t>(blockIdx.y) * a.n_cols + c];
 }

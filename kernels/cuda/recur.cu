@@ -38,12 +38,14 @@ DEVICE void recur(const RecurArgs &a) {
     const int share = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int column = block % n_slices * COLUMNS + lane;
     const bool real = column < s.dim_v;
-    float *const state = s.state + (static_cast<size_t>(head) * s.dim_k + share * N) * s.dim_v + column;
+    const size_t place = (static_cast<size_t>(head) * s.dim_k + share * N) * s.dim_v + column;
+    const float *const from = s.from + place;
+    float *const state = s.state + place;
 
     float rows[N];
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        rows[i] = real && share * N + i < s.dim_k ? state[static_cast<size_t>(i) * s.dim_v] : 0.0f;
+        rows[i] = real && share * N + i < s.dim_k ? from[static_cast<size_t>(i) * s.dim_v] : 0.0f;
     }
     const float query_scale = s.rule == RULE_SSD ? 1.0f : 1.0f / sqrtf(static_cast<float>(s.dim_k));
     for (int first = 0; first < s.n_tokens; first += TOKENS) {

@@ -12,7 +12,8 @@ struct RecurSequence {
     const float *g;          // [n_tokens, n_head]; null for delta
     const float *beta;       // [n_tokens, n_head]
     const uint32_t *resets;  // [n_tokens]; null: none
-    float *state;            // [n_head, dim_k, dim_v]
+    const float *from;       // [n_head, dim_k, dim_v]: before the first token; may be `state`
+    float *state;            // [n_head, dim_k, dim_v]: after the last
     float *out;              // [n_tokens, n_head, dim_v]
     uint64_t q_stride, k_stride, v_stride;
     int n_tokens, n_head, n_head_k, dim_k, dim_v, rule;

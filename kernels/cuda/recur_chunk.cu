@@ -258,7 +258,9 @@ DEVICE void chunk_walk(const RecurChunkArgs &a) {
     const RecurSequence &s = a.s;
     const int head = blockIdx.y, head_k = head / (s.n_head / s.n_head_k), first = blockIdx.x * SLICE;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    float *const state = s.state + static_cast<size_t>(head) * s.dim_k * s.dim_v;
+    const size_t place_of_head = static_cast<size_t>(head) * s.dim_k * s.dim_v;
+    const float *const from = (a.first_chunk == 0 ? s.from : s.state) + place_of_head;
+    float *const state = s.state + place_of_head;
 
     // Element k of product j: row g + 8 (k / 2), column 8j + 2t + k % 2.
     float sums[TILES][4][4];
@@ -287,7 +289,7 @@ DEVICE void chunk_walk(const RecurChunkArgs &a) {
             for (int k = 0; k < 4; k++) {
                 const int row = tile_row(i, k), c = first + column(j, k);
                 const bool real = row < s.dim_k && c < s.dim_v;
-                sums[i][j][k] = real ? state[static_cast<size_t>(row) * s.dim_v + c] : 0.0f;
+                sums[i][j][k] = real ? from[static_cast<size_t>(row) * s.dim_v + c] : 0.0f;
             }
         }
     }

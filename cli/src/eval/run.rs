@@ -192,7 +192,7 @@ fn groups(args: &Args, rig: &Rig) -> Result<Vec<Group>> {
 
 /// The model of `model` on its threads, ready to be asked.
 fn rig(args: &Args, model: &ModelArgs) -> Result<Rig> {
-    let engine = model.load()?;
+    let engine = model.load(args.cells.contexts(None))?;
     Ok(Rig {
         form: Form::of(args.style, &engine.model.tokenizer)?,
         options: SequenceOptions {

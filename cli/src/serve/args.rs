@@ -10,9 +10,9 @@ use crate::device::{DeviceArgs, parse_layers};
 use anyhow::{Context, Result, anyhow, bail};
 use mneme_engine::SequenceOptions;
 use mneme_engine::embed::{POOLINGS, Pooling};
-use mneme_engine::engine::{KV_TYPES, kv_type};
 use mneme_engine::memory::MEMORIES;
 use mneme_engine::memory::spec::MemorySpec;
+use mneme_engine::sequence::{KV_TYPES, kv_type};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -311,7 +311,7 @@ const FLAGS: &[Flag] = &[
         Ok(())
     }),
     flag(&["-dev", "--device"], Text, "DEVICE", "DEVICE  auto, cpu, cuda or cuda:N (auto: the first GPU there is)", |args, v| { args.device.device = v.parse()?; Ok(()) }),
-    flag(&["-ngl", "--gpu-layers", "--n-gpu-layers"], Text, "N_GPU_LAYERS", "N  layers on the GPU: 0 for none, all for all", |args, v| {
+    flag(&["-ngl", "--gpu-layers", "--n-gpu-layers"], Text, "N_GPU_LAYERS", "N  layers on the GPU, the last ones and the head; the CPU runs the others. 0: none, all: all, auto: as many as fit (auto)", |args, v| {
         args.device.n_gpu_layers = Some(parse_layers(v).map_err(|e| anyhow!(e))?);
         Ok(())
     }),

@@ -527,6 +527,7 @@ pub fn memory_json(s: &Stats) -> Value {
         "bytes": s.cell_bytes + s.state_bytes,
         "cell_bytes": s.cell_bytes,
         "state_bytes": s.state_bytes,
+        "card_bytes": s.card_bytes,
         "full_bytes": s.full_bytes,
         "rate": s.rate,
         "rate_spread": s.rate_spread,

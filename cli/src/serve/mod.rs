@@ -34,6 +34,7 @@ use app::App;
 use front::Front;
 use mneme_engine::chat::{ChatTemplate, NAMED_TEMPLATES};
 use mneme_engine::embed::{Classifier, Pooling};
+use mneme_engine::ops::{CELLS, Contexts};
 use mneme_engine::scheduler::{Options, Scheduler, Totals};
 use mneme_engine::{Engine, LoadOptions, Model, SequenceOptions};
 use std::io::Write;
@@ -149,7 +150,21 @@ pub(crate) fn load(
     let n_threads = args
         .n_threads
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-    let ops = args.device.open(path, n_threads)?;
+    let (n_slots, unified) = args.slots();
+    let n_total = match args.n_ctx {
+        0 => CELLS,
+        n => n,
+    };
+    let adapter = args.memory_adapter.as_deref();
+    let contexts = Contexts {
+        n: n_slots,
+        n_cells: crate::args::most_cells(n_total.div_ceil(n_slots), args.memory.as_ref()),
+        type_k: args.sequence.type_k,
+        type_v: args.sequence.type_v,
+        n_ubatch: args.n_ubatch,
+        all_logits: false,
+    };
+    let ops = args.device.open(path, adapter, n_threads, contexts)?;
     let options = LoadOptions {
         memory_adapter: args.memory_adapter.clone(),
     };
@@ -160,7 +175,6 @@ pub(crate) fn load(
         .memory
         .clone()
         .unwrap_or_else(|| model.default_memory());
-    let (n_slots, unified) = args.slots();
     let n_total = match args.n_ctx {
         0 => model.hparams().n_ctx_train,
         n => n,

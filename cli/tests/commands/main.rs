@@ -2,6 +2,8 @@
 
 mod bench;
 mod chat;
+#[cfg(feature = "cuda-host")]
+mod device;
 mod errors;
 mod logits;
 mod perplexity;

@@ -161,6 +161,8 @@ struct LayerState {
     state: Arc<Buffer>,
     /// Room for the state after the pass being planned, which takes its place at commit.
     next: Option<Arc<Buffer>>,
+    /// The state before any token was taken in, one for all layers of a device.
+    zero: Arc<Buffer>,
 }
 
 #[derive(Clone)]
@@ -171,8 +173,6 @@ struct Ahn {
     /// Layers with plain full attention and no state.
     full_layers: Vec<bool>,
     layers: Vec<LayerState>,
-    /// The state before any token was taken in.
-    zero: Arc<Buffer>,
 }
 
 pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>> {
@@ -207,14 +207,21 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
         }
     }
     let state_len = hp.n_head * hp.head_dim * hp.head_dim;
-    let zero = Arc::new(w.device.zeros(state_len)?);
-    let layer = |full: &bool| match full {
-        true => LayerState::default(),
-        false => LayerState {
-            state: Arc::clone(&zero),
-            next: None,
-        },
-    };
+    let mut layers = Vec::with_capacity(hp.n_layer);
+    let mut zero = Arc::default();
+    for (il, layer) in w.layers.iter().enumerate() {
+        if il == 0 || layer.device != w.layers[il - 1].device {
+            zero = Arc::new(layer.device.zeros(state_len)?);
+        }
+        layers.push(match full_layers[il] {
+            true => LayerState::default(),
+            false => LayerState {
+                state: Arc::clone(&zero),
+                next: None,
+                zero: Arc::clone(&zero),
+            },
+        });
+    }
     let mut store = ctx.store();
     store.keep_gates(hp.n_head, |il| !full_layers[il]);
     Ok(Box::new(Ahn {
@@ -224,8 +231,7 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
             key("window", DEFAULT_WINDOW)?,
             key("sinks", DEFAULT_SINKS)?,
         )?,
-        layers: full_layers.iter().map(layer).collect(),
-        zero,
+        layers,
         full_layers,
         ctx: ctx.clone(),
     }))
@@ -249,14 +255,16 @@ impl Memory for Ahn {
             self.ctx.check_room(&self.store, tokens.len())?;
         }
         let recalls = self.evicted(tokens.len());
-        for (layer, full) in self.layers.iter_mut().zip(&self.full_layers) {
+        let tensors = &self.ctx.weights.layers;
+        let layers = self.layers.iter_mut().zip(&self.full_layers);
+        for ((layer, full), tensors) in layers.zip(tensors) {
             // A fork may have taken the spare state, or taken to the state itself.
             let spare = layer
                 .next
                 .as_mut()
                 .is_some_and(|s| Arc::get_mut(s).is_some());
             if !recalls.is_empty() && !full && !spare {
-                let state = self.ctx.weights.device.zeros(layer.state.len())?;
+                let state = tensors.device.zeros(layer.state.len())?;
                 layer.next = Some(Arc::new(state));
             }
         }
@@ -372,10 +380,8 @@ impl Memory for Ahn {
             .span
             .truncate(&mut self.store, if exact { n } else { 0 });
         if n == 0 {
-            for (layer, full) in self.layers.iter_mut().zip(&self.full_layers) {
-                if !full {
-                    layer.state = Arc::clone(&self.zero);
-                }
+            for layer in &mut self.layers {
+                layer.state = Arc::clone(&layer.zero);
             }
         }
         n
@@ -419,7 +425,7 @@ impl Memory for Ahn {
             if self.full_layers[il] {
                 continue;
             }
-            let state = self.ctx.weights.device.upload(state);
+            let state = self.ctx.weights.layers[il].device.upload(state);
             layer.state = Arc::new(state.map_err(io::Error::other)?);
             self.store.restore_gates(il, begin, from)?;
         }
@@ -428,8 +434,9 @@ impl Memory for Ahn {
 
     fn stats(&self) -> Stats {
         let n_cells = self.store.n_cells();
-        let states: usize = self.layers.iter().map(|l| l.state.len()).sum();
-        let states = states * size_of::<f32>();
+        let len = |l: &LayerState| l.state.len() * size_of::<f32>();
+        let states: usize = self.layers.iter().map(len).sum();
+        let there = self.layers.iter().filter(|l| !l.state.is_host());
         let n_dropped = if self.full_layers.iter().all(|f| *f) {
             0
         } else {
@@ -443,6 +450,7 @@ impl Memory for Ahn {
             n_dropped,
             cell_bytes: self.store.bytes(),
             state_bytes: states + self.store.bytes_of_gates(),
+            card_bytes: self.store.card_bytes() + there.map(len).sum::<usize>(),
             full_bytes: self.span.n_tokens * self.ctx.cell_bytes(),
             bound_bytes: self.ctx.page_bound(n_cells + 1, 2) + states + self.store.gates_bound(),
             ..Stats::default()

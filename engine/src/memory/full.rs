@@ -86,6 +86,7 @@ impl Memory for Full {
             n_entries: n_tokens,
             n_cells: n_tokens,
             cell_bytes: self.store.bytes(),
+            card_bytes: self.store.card_bytes(),
             full_bytes: n_tokens * self.ctx.cell_bytes(),
             bound_bytes: self.ctx.page_bound(n_tokens + 1, 1),
             ..Stats::default()

@@ -268,6 +268,7 @@ impl Memory for Gist {
             n_nodes: self.at.nodes.len(),
             n_slots: slots,
             cell_bytes: self.store.bytes(),
+            card_bytes: self.store.card_bytes(),
             state_bytes: self.at.nodes.len() * size_of::<(usize, usize)>(),
             full_bytes: self.at.n_tokens * self.ctx.cell_bytes(),
             bound_bytes: self.ctx.page_bound(n_cells + 1, 2)

@@ -136,6 +136,7 @@ impl Memory for Layered {
                 n_tokens - n_seen
             },
             cell_bytes: self.store.bytes(),
+            card_bytes: self.store.card_bytes(),
             full_bytes: n_tokens * self.ctx.cell_bytes(),
             bound_bytes: bound(n_tokens + 1, n_full) + bound(n_seen + 1, n_layer - n_full),
             ..Stats::default()

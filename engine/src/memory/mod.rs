@@ -25,6 +25,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use store::{Cell, Store};
+use trunk::TrunkStep;
 
 /// What a memory is built over: fixed for its lifetime.
 #[derive(Clone)]
@@ -42,8 +43,8 @@ pub struct Context {
 impl Context {
     /// An empty store for this model.
     pub fn store(&self) -> Store {
-        let device = self.weights.device.clone();
-        Store::new(device, self.layout, self.weights.hparams.n_layer)
+        let layers = self.weights.layers.iter();
+        Store::new(self.layout, layers.map(|layer| layer.device.clone()))
     }
 
     /// Bytes of one cell in all layers.
@@ -83,8 +84,8 @@ pub trait Pieces: Send + Sync {
 pub enum Source {
     /// A token of the vocabulary.
     Token(u32),
-    /// Row of [`Plan::embeds`].
-    Embed(usize),
+    /// The next of the slots of the nodes that [`Plan::readouts`] make.
+    Slot,
 }
 
 /// One entry of the main sequence: one row of the pass.
@@ -110,8 +111,9 @@ pub struct Plan {
     pub n_tokens: usize,
     /// Rows in order.
     pub entries: Vec<Entry>,
-    /// Embeddings of slots, `[n, n_embd]`.
-    pub embeds: Vec<f32>,
+    /// Last readouts `[n, c]` of the active memory over closed segments: the pass makes the slots of
+    /// their nodes, so many for each, which are among the entries in this order.
+    pub readouts: Vec<f32>,
     /// Raw cells that [`Memory::recall`] takes in; those of the pass itself included.
     pub recalls: Range<u64>,
 }
@@ -193,7 +195,15 @@ pub trait Memory: Send {
     /// keys and values have been written.
     fn recall(&mut self, _ops: &dyn Ops, _part: Recall<'_>) {}
 
-    /// The buffers that [`Memory::recall`] reads and writes in the planned pass, beside cells.
+    /// The compressor's step over the token of the planned pass, the last of its rows, where the plan
+    /// left it to the pass. The pass runs it and brings home what comes of it, which
+    /// [`Memory::commit`] takes over.
+    fn trunk_step(&mut self) -> Option<TrunkStep<'_>> {
+        None
+    }
+
+    /// The buffers that [`Memory::recall`] and [`Memory::trunk_step`] have read and written in the
+    /// planned pass, beside cells.
     fn buffers(&self) -> Vec<&Buffer> {
         Vec::new()
     }
@@ -289,6 +299,8 @@ pub struct Stats {
     pub cell_bytes: usize,
     /// Bytes of recurrent states, gate caches and node vectors.
     pub state_bytes: usize,
+    /// Of these two, bytes in a card's memory; the others are the host's.
+    pub card_bytes: usize,
     /// Bytes a full cache of the same K/V types would take for the same tokens.
     pub full_bytes: usize,
     /// Upper bound on `cell_bytes + state_bytes` after the next token.

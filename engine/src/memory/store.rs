@@ -6,7 +6,7 @@
 //! its position, with it: the number of a cell says nothing about the position. Beside a raw cell
 //! may stand its gates, which a recurrent memory needs when it takes the cell in.
 //!
-//! Pages lie on the device that runs the model; this file only keeps the books.
+//! A layer's pages lie where the layer runs; this file only keeps the books.
 
 use crate::error::Result;
 use crate::ops::{Device, Ops, Page};
@@ -17,8 +17,10 @@ use std::io;
 use std::sync::Arc;
 
 /// Cells of one layer.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct LayerCells {
+    /// Where the layer runs.
+    device: Device,
     kept: Vec<Arc<Page>>,
     raw: VecDeque<Arc<Page>>,
     /// Gates of the raw cells, page by page beside `raw`; none in layers without.
@@ -30,6 +32,18 @@ struct LayerCells {
 }
 
 impl LayerCells {
+    /// No cells yet.
+    fn new(device: Device, has_gates: bool) -> LayerCells {
+        LayerCells {
+            device,
+            kept: Vec::new(),
+            raw: VecDeque::new(),
+            gates: VecDeque::new(),
+            has_gates,
+            raw_begin: 0,
+        }
+    }
+
     /// Number of cell 0 of `raw[0]`: pages stay aligned to multiples of 64.
     fn raw_base(&self) -> u64 {
         self.raw_begin / PAGE_CELLS as u64 * PAGE_CELLS as u64
@@ -45,7 +59,6 @@ impl LayerCells {
 /// whoever writes to it first.
 #[derive(Clone)]
 pub struct Store {
-    device: Device,
     layout: PageLayout,
     /// Gates beside a raw cell: write strengths where keys would be, log decays as values.
     gates: Option<PageLayout>,
@@ -94,13 +107,13 @@ pub struct View<'a> {
 }
 
 impl Store {
-    /// An empty store of `n_layer` layers on `device`.
-    pub fn new(device: Device, layout: PageLayout, n_layer: usize) -> Store {
+    /// An empty store of a layer on each of `devices`.
+    pub fn new(layout: PageLayout, devices: impl Iterator<Item = Device>) -> Store {
+        let layer = |device| LayerCells::new(device, false);
         Store {
-            device,
             layout,
             gates: None,
-            layers: vec![LayerCells::default(); n_layer],
+            layers: devices.map(layer).collect(),
             n_kept: 0,
             raw_end: 0,
             hold: false,
@@ -125,10 +138,7 @@ impl Store {
     /// Forgets every cell.
     pub fn clear(&mut self) {
         for cells in &mut self.layers {
-            *cells = LayerCells {
-                has_gates: cells.has_gates,
-                ..LayerCells::default()
-            };
+            *cells = LayerCells::new(cells.device.clone(), cells.has_gates);
         }
         (self.n_kept, self.raw_end, self.hold) = (0, 0, false);
     }
@@ -185,6 +195,16 @@ impl Store {
         pages * self.gate_bytes()
     }
 
+    /// Bytes of the pages held in a card's memory, those of gates included.
+    pub fn card_bytes(&self) -> usize {
+        let there = self.layers.iter().filter(|l| !l.device.is_host());
+        let bytes = |l: &LayerCells| {
+            (l.kept.len() + l.raw.len()) * self.layout.page_bytes()
+                + l.gates.len() * self.gate_bytes()
+        };
+        there.map(bytes).sum()
+    }
+
     /// Upper bound on [`Store::bytes_of_gates`] after one more cell.
     pub fn gates_bound(&self) -> usize {
         let layers = self.layers.iter().filter(|l| l.has_gates);
@@ -220,7 +240,7 @@ impl Store {
                 let (first, last) = (self.n_kept, self.n_kept + n_kept - 1);
                 let last = page_of(last as u64);
                 while cells.kept.len() <= last {
-                    let page = self.device.page(&self.layout)?;
+                    let page = cells.device.page(&self.layout)?;
                     cells.kept.push(Arc::new(page));
                 }
                 let pages = &mut cells.kept[page_of(first as u64)..=last];
@@ -230,13 +250,13 @@ impl Store {
                 let first = cells.raw_page(self.raw_end);
                 let last = cells.raw_page(self.raw_end + n_raw as u64 - 1);
                 while cells.raw.len() <= last {
-                    let page = self.device.page(&self.layout)?;
+                    let page = cells.device.page(&self.layout)?;
                     cells.raw.push_back(Arc::new(page));
                 }
                 cells.raw.range_mut(first..=last).try_for_each(own)?;
                 if let (Some(layout), true) = (&self.gates, cells.has_gates) {
                     while cells.gates.len() <= last {
-                        let page = self.device.page(layout)?;
+                        let page = cells.device.page(layout)?;
                         cells.gates.push_back(Arc::new(page));
                     }
                     cells.gates.range_mut(first..=last).try_for_each(own)?;
@@ -438,8 +458,8 @@ impl Store {
         let keep_pages = moved.unwrap_or(order.len()) / PAGE_CELLS;
         let n_fresh = order.len().div_ceil(PAGE_CELLS) - keep_pages;
         let mut fresh = Vec::with_capacity(self.layers.len());
-        for _ in &self.layers {
-            let page = |_| self.device.page(&self.layout);
+        for cells in &self.layers {
+            let page = |_| cells.device.page(&self.layout);
             fresh.push((0..n_fresh).map(page).collect::<Result<Vec<_>>>()?);
         }
         Ok(Rearrangement {
@@ -457,8 +477,10 @@ impl Store {
             .map(|(new, &old)| (old, new))
             .collect();
         let layout = self.layout;
-        for (cells, mut fresh) in self.layers.iter_mut().zip(to.fresh) {
+        let layers = self.layers.iter_mut().zip(to.fresh);
+        for (il, (cells, mut fresh)) in layers.enumerate() {
             let from: Vec<&Page> = cells.kept.iter().map(|page| &**page).collect();
+            let ops = ops.of_layer(il);
             ops.copy_cells(&layout, &from, &mut fresh, &moves);
             cells.kept.truncate(to.keep_pages);
             cells.kept.extend(fresh.into_iter().map(Arc::new));
@@ -498,9 +520,9 @@ impl Store {
         let n_kept = from.u64()?;
         let raw_end = from.u64()?;
         let mut bytes = vec![0; self.layout.page_bytes()];
-        let mut read = |from: &mut Decoder<'_>| -> io::Result<Arc<Page>> {
+        let mut read = |from: &mut Decoder<'_>, device: &Device| -> io::Result<Arc<Page>> {
             from.bytes_into(&mut bytes)?;
-            let mut page = self.device.page(&self.layout).map_err(io::Error::other)?;
+            let mut page = device.page(&self.layout).map_err(io::Error::other)?;
             page.write(&bytes).map_err(io::Error::other)?;
             Ok(Arc::new(page))
         };
@@ -515,18 +537,16 @@ impl Store {
                     "{n_kept} kept and {raw_begin}..{raw_end} raw cells do not fit a context of {n_ctx}"
                 )));
             }
-            let mut cells = LayerCells {
-                raw_begin,
-                has_gates: old.has_gates,
-                ..LayerCells::default()
-            };
+            let device = &old.device;
+            let mut cells = LayerCells::new(device.clone(), old.has_gates);
+            cells.raw_begin = raw_begin;
             for _ in 0..n_kept.div_ceil(PAGE_CELLS as u64) {
-                cells.kept.push(read(from)?);
+                cells.kept.push(read(from, device)?);
             }
             for _ in 0..(raw_end - cells.raw_base()).div_ceil(PAGE_CELLS as u64) {
-                cells.raw.push_back(read(from)?);
+                cells.raw.push_back(read(from, device)?);
                 if let (Some(layout), true) = (&self.gates, cells.has_gates) {
-                    let page = self.device.page(layout).map_err(io::Error::other)?;
+                    let page = device.page(layout).map_err(io::Error::other)?;
                     cells.gates.push_back(Arc::new(page));
                 }
             }

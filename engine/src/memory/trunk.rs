@@ -1,19 +1,23 @@
 //! The compressor of `nodes`: a small trunk of gated delta blocks over token embeddings, the
 //! active memory that folds the open segment, and the map from it to slot embeddings.
 //!
-//! It runs where the model runs. The decider's heads stay on the host: they are a dot product for
-//! each token, or two small matrices, and what they decide is control work. Home come the trunk's
-//! outputs, for a trained decider, and the readouts, each once a chunk; slots' embeddings go to the
-//! pass with those of tokens.
+//! It runs where the first layer runs: it reads embeddings, which are on the host, and its slots
+//! enter that layer, so that under a split nothing of it crosses. The decider's heads stay on the
+//! host: they are a dot product for each token, or two small matrices, and what they decide is
+//! control work. Home come the trunk's outputs, for a trained decider, and the readouts, each once a
+//! chunk or pass; slots are made of readouts in the pass that they join.
 //!
 //! The trunk reads token embeddings only, so all cuts of a prompt are known before the model
-//! runs. Its recurrences always take the step-by-step form: their cost is a thousandth of the
-//! model's, and the cuts come out the same however a prompt is chunked.
+//! runs. Of a token that comes alone nothing is needed before the next one comes: the pass it
+//! belongs to runs the compressor over it before its first layer, together with those of other
+//! sequences. Its recurrences
+//! always take the step-by-step form: their cost is a thousandth of the model's, and the cuts come
+//! out the same however a prompt is chunked.
 
 use crate::error::{Error, Result};
 use crate::hparams::Hparams;
 use crate::ops::sigmoid;
-use crate::ops::{Buffer, Cpu, Device, Fold, Matrix, Ops, Rule, Table};
+use crate::ops::{Buffer, ConvSeq, Cpu, Device, Fold, FoldSeq, Matrix, Ops, Rows, Rule, Table};
 use crate::weights::Loader;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -110,16 +114,42 @@ pub struct NodeTensors {
     scratch: Mutex<TrunkScratch>,
 }
 
-/// What the compressor computes with, kept between calls and shared by all sequences of a model.
+/// A token that comes alone, left to the pass it belongs to: the compressor runs over those of all
+/// sequences together.
+pub struct TrunkStep<'a> {
+    /// The states before it.
+    pub from: &'a TrunkState,
+    /// The states after it, with buffers of their own ([`TrunkState::own`]).
+    pub to: &'a mut TrunkState,
+    /// Whether the active memory starts anew before it.
+    pub resets: bool,
+    /// Whether its boundary probability is wanted.
+    pub decides: bool,
+    /// What comes home.
+    pub out: &'a mut Stepped,
+}
+
+/// What came of a [`TrunkStep`].
+#[derive(Default)]
+pub struct Stepped {
+    /// Boundary probability; 0 where it was not wanted or there is no decider.
+    pub p: f32,
+    /// The active memory's readout `[c]`.
+    pub r: Box<[f32]>,
+}
+
+/// What the compressor computes with, kept between calls.
 #[derive(Default)]
 pub struct TrunkScratch {
     /// Embeddings `[n, n_embd]`, and the same normed.
     x: Buffer,
     normed: Buffer,
-    /// Residual stream, in the end the trunk's outputs h `[n, c]`.
-    h: Buffer,
+    /// Residual stream `[n, c]`.
+    u: Buffer,
     /// Normed input of a block, and a block's output `[n, c]`.
     y: Buffer,
+    /// The trunk's outputs h `[n, c]`.
+    h: Buffer,
     /// Queries, keys and values `[n, 3, c]`, and the same convolved.
     qkv: Buffer,
     mixed: Buffer,
@@ -133,6 +163,14 @@ pub struct TrunkScratch {
     closed: Buffer,
     /// What came home.
     home: Vec<f32>,
+}
+
+/// One sequence's share of a call: its rows follow those of the sequences before it.
+struct Share<'a> {
+    n: usize,
+    from: &'a TrunkState,
+    /// With buffers of its own.
+    to: &'a mut TrunkState,
 }
 
 /// What a recurrence computes with.
@@ -241,6 +279,11 @@ impl NodeTensors {
         self.start.clone()
     }
 
+    /// The active memory that a segment begins with.
+    pub fn start_of_segment(&self) -> &Buffer {
+        &self.start.active
+    }
+
     /// What calls compute with; one at a time.
     pub fn scratch(&self) -> MutexGuard<'_, TrunkScratch> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
@@ -266,24 +309,14 @@ impl NodeTensors {
             to.last.clone_from(&from.last);
             return Ok(Vec::new());
         }
+        let ops = ops.of_layer(0);
         let (device, n_embd) = (ops.device(), self.in_norm.len());
+        self.make_room(device, s, n)?;
         device.fill(&mut s.x, n * n_embd, |x| {
             ops.host().get_rows(token_embd, tokens, x);
         })?;
-        device.resize(&mut s.normed, n * n_embd)?;
-        for buffer in [&mut s.h, &mut s.y] {
-            device.resize(buffer, n * c)?;
-        }
-        ops.rms_norm(&s.x, &self.in_norm, EPS, &mut s.normed);
-        ops.mul_mat(&s.normed, 0..n, &mut [(&self.input, &mut s.h)]);
-        to.blocks
-            .resize_with(self.blocks.len(), BlockState::default);
-        let states = from.blocks.iter().zip(&mut to.blocks);
-        for (block, (from, to)) in self.blocks.iter().zip(states) {
-            block.forward(ops, s, from, to, n, self.n_head)?;
-        }
-        ops.rms_norm(&s.h, &self.out_norm, EPS, &mut s.y);
-        std::mem::swap(&mut s.h, &mut s.y);
+        to.own_trunk(device, from)?;
+        self.walk(ops, s, &mut [Share { n, from, to }]);
 
         to.last = None;
         let head = self.head.as_ref().filter(|h| decides || h.looks_back());
@@ -297,6 +330,101 @@ impl NodeTensors {
         };
         to.last = head.looks_back().then(|| h[(n - 1) * c..].into());
         Ok(p)
+    }
+
+    /// Room for a call over `n` tokens.
+    pub fn make_room(&self, device: &Device, s: &mut TrunkScratch, n: usize) -> Result<()> {
+        let (c, n_embd) = (self.width, self.in_norm.len());
+        let n_ff = self.blocks.first().map_or(0, |b| b.ffn_gate.n_rows());
+        s.read.resize(device, n, c, self.n_head)?;
+        for (buffer, len) in [
+            (&mut s.x, n * n_embd),
+            (&mut s.normed, n * n_embd),
+            (&mut s.u, n * c),
+            (&mut s.y, n * c),
+            (&mut s.h, n * c),
+            (&mut s.qkv, n * 3 * c),
+            (&mut s.mixed, n * 3 * c),
+            (&mut s.gate, n * n_ff),
+            (&mut s.up, n * n_ff),
+            (&mut s.act, n * n_ff),
+        ] {
+            device.resize(buffer, len)?;
+        }
+        Ok(())
+    }
+
+    /// The trunk over the embeddings in `s`, the rows of `shares`; its outputs h are left in `s`.
+    fn walk(&self, ops: &dyn Ops, s: &mut TrunkScratch, shares: &mut [Share<'_>]) {
+        let n = shares.iter().map(|share| share.n).sum();
+        ops.rms_norm(&s.x, &self.in_norm, EPS, &mut s.normed);
+        ops.mul_mat(&s.normed, 0..n, &mut [(&self.input, &mut s.u)]);
+        for (b, block) in self.blocks.iter().enumerate() {
+            let states = shares.iter_mut();
+            let states =
+                states.map(|share| (share.n, &share.from.blocks[b], &mut share.to.blocks[b]));
+            block.forward(ops, s, n, states.collect());
+        }
+        ops.rms_norm(&s.u, &self.out_norm, EPS, &mut s.h);
+    }
+
+    /// Runs the compressor by the first layer's verbs over the tokens of `steps`, whose embeddings are
+    /// [`Rows::steps`] of `x` `[n, n_embd]`. There is room for them in `s`, which keeps what [`NodeTensors::bring_home`]
+    /// takes; nothing is sent, waited for or allocated, so that this can be part of a recording.
+    pub fn step(
+        &self,
+        ops: &dyn Ops,
+        s: &mut TrunkScratch,
+        x: &Buffer,
+        rows: &Rows,
+        steps: &mut [TrunkStep<'_>],
+    ) {
+        let n = steps.len();
+        ops.take_rows(x, self.in_norm.len(), rows, &mut s.x);
+        let shares = steps.iter_mut().map(|step| Share {
+            n: 1,
+            from: step.from,
+            to: &mut *step.to,
+        });
+        self.walk(ops, s, &mut shares.collect::<Vec<_>>());
+        self.active.project(ops, &s.h, n, &mut s.qkv, &mut s.read);
+        let seqs = steps.iter_mut().map(|step| FoldSeq {
+            n: 1,
+            resets: &[],
+            state: match step.resets {
+                true => self.start_of_segment(),
+                false => &step.from.active,
+            },
+            next: mine(&mut step.to.active),
+        });
+        self.active.recur(ops, &s.qkv, &mut s.read, seqs.collect());
+    }
+
+    /// Takes home what [`NodeTensors::step`] left in `s` for the same steps.
+    pub fn bring_home(
+        &self,
+        ops: &dyn Ops,
+        s: &mut TrunkScratch,
+        steps: &mut [TrunkStep<'_>],
+    ) -> Result<()> {
+        let c = self.width;
+        let decides = steps.iter().any(|step| step.decides);
+        let head = self.head.as_ref().filter(|h| decides || h.looks_back());
+        if let Some(head) = head {
+            let h = s.h.read_with(&mut s.home)?;
+            for (step, h) in steps.iter_mut().zip(h.chunks_exact(c)) {
+                if step.decides {
+                    let last = step.from.last.as_deref();
+                    step.out.p = head.probabilities(ops.host(), h, 1, c, last)[0];
+                }
+                step.to.last = head.looks_back().then(|| h.into());
+            }
+        }
+        let r = s.read.o.read_with(&mut s.home)?;
+        for (step, r) in steps.iter_mut().zip(r.chunks_exact(c)) {
+            step.out.r = r.into();
+        }
+        Ok(())
     }
 
     /// Boundary probability of each of `tokens` read from the start of a text, for people to look
@@ -333,12 +461,17 @@ impl NodeTensors {
             to.active = Arc::clone(&from.active);
             return Ok(&[]);
         }
+        let ops = ops.of_layer(0);
         ops.device().resize(&mut s.qkv, n * 3 * self.width)?;
         s.read.resize(ops.device(), n, self.width, self.n_head)?;
         self.active.project(ops, &s.h, n, &mut s.qkv, &mut s.read);
-        let (state, next) = (&from.active, &mut to.active);
-        self.active
-            .recur(ops, &s.qkv, &mut s.read, state, next, resets)?;
+        let seq = FoldSeq {
+            n,
+            resets,
+            state: &from.active,
+            next: own(ops.device(), &mut to.active, from.active.len())?,
+        };
+        self.active.recur(ops, &s.qkv, &mut s.read, vec![seq]);
         s.read.o.read_with(&mut s.home)
     }
 
@@ -352,24 +485,27 @@ impl NodeTensors {
         rs: &[f32],
     ) -> Result<Box<[f32]>> {
         let (c, n) = (self.width, rs.len() / self.width);
+        let ops = ops.of_layer(0);
         ops.device()
             .fill(&mut s.h, rs.len(), |h| h.copy_from_slice(rs))?;
         let r = self.fold(ops, s, &self.start, spare, n, &[])?;
         Ok(r[(n - 1) * c..].into())
     }
 
-    /// Slot embeddings `[n, n_slots, n_embd]` of readouts `rs` `[n, c]`.
-    pub fn slots(&self, ops: &dyn Ops, s: &mut TrunkScratch, rs: &[f32]) -> Result<Vec<f32>> {
-        let n = rs.len() / self.width;
-        if n == 0 {
-            return Ok(Vec::new());
-        }
-        let device = ops.device();
+    /// Sends readouts `rs` `[n, c]` of closed segments, and makes room for the slots of their nodes.
+    pub fn send_readouts(&self, device: &Device, s: &mut TrunkScratch, rs: &[f32]) -> Result<()> {
         device.fill(&mut s.closed, rs.len(), |to| to.copy_from_slice(rs))?;
-        device.resize(&mut s.slots, n * self.slot.len())?;
+        let n = rs.len() / self.width;
+        device.resize(&mut s.slots, n * self.slot.len())
+    }
+
+    /// Makes the slots of the readouts sent: their embeddings become rows [`Rows::node_slots`] of `x`
+    /// `[n, n_embd]`.
+    pub fn put_slots(&self, ops: &dyn Ops, s: &mut TrunkScratch, rows: &Rows, x: &mut Buffer) {
+        let n = s.closed.len() / self.width;
         ops.mul_mat(&s.closed, 0..n, &mut [(&self.map, &mut s.slots)]);
         ops.add_bias(&mut s.slots, &self.slot);
-        s.slots.read()
+        ops.put_rows(&s.slots, self.in_norm.len(), rows, x);
     }
 }
 
@@ -378,7 +514,12 @@ fn own<'a>(device: &Device, to: &'a mut Arc<Buffer>, len: usize) -> Result<&'a m
     if Arc::get_mut(to).is_none_or(|to| to.len() != len) {
         *to = Arc::new(device.zeros(len)?);
     }
-    Ok(Arc::get_mut(to).expect("held by nobody else"))
+    Ok(mine(to))
+}
+
+/// A buffer that [`own`] has made its own.
+fn mine(to: &mut Arc<Buffer>) -> &mut Buffer {
+    Arc::get_mut(to).expect("held by nobody else")
 }
 
 impl ReadScratch {
@@ -430,31 +571,20 @@ impl Delta {
         );
     }
 
-    /// The recurrence over `qkv` `[n, 3, c]` with the gates in `s`; what is read, normed and gated,
-    /// into `s.o` `[n, c]`.
-    fn recur(
-        &self,
-        ops: &dyn Ops,
-        qkv: &Buffer,
-        s: &mut ReadScratch,
-        state: &Buffer,
-        next: &mut Arc<Buffer>,
-        resets: &[usize],
-    ) -> Result<()> {
+    /// The recurrences of `seqs` over `qkv` `[n, 3, c]` with the gates in `s`; what is read, normed
+    /// and gated, into `s.o` `[n, c]`.
+    fn recur(&self, ops: &dyn Ops, qkv: &Buffer, s: &mut ReadScratch, seqs: Vec<FoldSeq<'_>>) {
         ops.fold(Fold {
             n_head: self.a.len(),
             head_dim: self.head_norm.len(),
             qkv,
             beta: &s.beta,
             g: &s.g,
-            resets,
-            state,
-            next: own(ops.device(), next, state.len())?,
+            seqs,
             out: &mut s.o,
         });
         ops.rms_norm(&s.o, &self.head_norm, EPS, &mut s.normed);
         ops.swiglu(&s.gate, &s.normed, &mut s.o);
-        Ok(())
     }
 }
 
@@ -480,35 +610,37 @@ impl Block {
         })
     }
 
-    /// The block over `n` rows of the residual stream in `s`.
+    /// The block over the `n` rows of the residual stream in `s`: of each sequence so many, from one
+    /// state to another that has buffers of its own.
     fn forward(
         &self,
         ops: &dyn Ops,
         s: &mut TrunkScratch,
-        from: &BlockState,
-        to: &mut BlockState,
         n: usize,
-        n_head: usize,
-    ) -> Result<()> {
-        let (device, c, n_ff) = (ops.device(), self.norm.len(), self.ffn_gate.n_rows());
-        s.read.resize(device, n, c, n_head)?;
-        for buffer in [&mut s.qkv, &mut s.mixed] {
-            device.resize(buffer, n * 3 * c)?;
-        }
-        for buffer in [&mut s.gate, &mut s.up, &mut s.act] {
-            device.resize(buffer, n * n_ff)?;
-        }
-        ops.rms_norm(&s.h, &self.norm, EPS, &mut s.y);
+        seqs: Vec<(usize, &BlockState, &mut BlockState)>,
+    ) {
+        ops.rms_norm(&s.u, &self.norm, EPS, &mut s.y);
         self.delta.project(ops, &s.y, n, &mut s.qkv, &mut s.read);
-        let conv = own(device, &mut to.conv, from.conv.len())?;
-        ops.conv_silu(&s.qkv, &self.conv, &from.conv, conv, &mut s.mixed);
-        let (state, next) = (&from.state, &mut to.state);
-        self.delta
-            .recur(ops, &s.mixed, &mut s.read, state, next, &[])?;
+        let (mut convs, mut folds) = (Vec::new(), Vec::new());
+        for (n, from, to) in seqs {
+            convs.push(ConvSeq {
+                n,
+                past: &from.conv,
+                next: mine(&mut to.conv),
+            });
+            folds.push(FoldSeq {
+                n,
+                resets: &[],
+                state: &from.state,
+                next: mine(&mut to.state),
+            });
+        }
+        ops.conv_silu(&s.qkv, &self.conv, convs, &mut s.mixed);
+        self.delta.recur(ops, &s.mixed, &mut s.read, folds);
         ops.mul_mat(&s.read.o, 0..n, &mut [(&self.out, &mut s.y)]);
-        ops.add(&mut s.h, &s.y);
+        ops.add(&mut s.u, &s.y);
 
-        ops.rms_norm(&s.h, &self.ffn_norm, EPS, &mut s.y);
+        ops.rms_norm(&s.u, &self.ffn_norm, EPS, &mut s.y);
         ops.mul_mat(
             &s.y,
             0..n,
@@ -516,8 +648,7 @@ impl Block {
         );
         ops.swiglu(&s.gate, &s.up, &mut s.act);
         ops.mul_mat(&s.act, 0..n, &mut [(&self.ffn_down, &mut s.y)]);
-        ops.add(&mut s.h, &s.y);
-        Ok(())
+        ops.add(&mut s.u, &s.y);
     }
 }
 
@@ -623,12 +754,44 @@ pub struct TrunkState {
 }
 
 impl TrunkState {
+    /// Gives this state buffers of its own, as large as those of `like`, to be overwritten.
+    pub fn own(&mut self, device: &Device, like: &TrunkState) -> Result<()> {
+        own(device, &mut self.active, like.active.len())?;
+        self.last = None;
+        self.own_trunk(device, like)
+    }
+
+    /// The buffers: of the blocks, then the active memory.
+    pub fn buffers(&self) -> impl Iterator<Item = &Buffer> {
+        let blocks = self.blocks.iter();
+        let blocks = blocks.flat_map(|b| [&*b.state, &*b.conv]);
+        blocks.chain([&*self.active])
+    }
+
+    /// As [`TrunkState::own`], of the trunk alone.
+    fn own_trunk(&mut self, device: &Device, like: &TrunkState) -> Result<()> {
+        self.blocks
+            .resize_with(like.blocks.len(), BlockState::default);
+        for (mine, like) in self.blocks.iter_mut().zip(&like.blocks) {
+            own(device, &mut mine.state, like.state.len())?;
+            own(device, &mut mine.conv, like.conv.len())?;
+        }
+        Ok(())
+    }
+
     /// Bytes held, without those of the active memory.
     pub fn bytes(&self) -> usize {
         let block = |b: &BlockState| b.state.len() + b.conv.len();
         let values = self.blocks.iter().map(block).sum::<usize>()
             + self.last.as_ref().map_or(0, |l| l.len());
         values * size_of::<f32>()
+    }
+
+    /// Bytes in a card's memory, those of the active memory included.
+    pub fn card_bytes(&self) -> usize {
+        let blocks = self.blocks.iter().flat_map(|b| [&b.state, &b.conv]);
+        let there = blocks.chain([&self.active]).filter(|b| !b.is_host());
+        there.map(|b| b.len() * size_of::<f32>()).sum()
     }
 
     /// Values in the active memory.

@@ -193,6 +193,7 @@ impl Memory for Window {
             n_cells,
             n_dropped: self.span.n_tokens - n_cells,
             cell_bytes: self.store.bytes(),
+            card_bytes: self.store.card_bytes(),
             full_bytes: self.span.n_tokens * self.ctx.cell_bytes(),
             bound_bytes: self.ctx.page_bound(n_cells + 1, 2),
             ..Stats::default()

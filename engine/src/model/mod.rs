@@ -7,7 +7,7 @@ mod qwen3;
 
 pub use pass::{Pass, Scratch};
 
-/// Runs the layers over a pass.
+/// Runs the layers that a pass is at.
 pub type Forward = fn(&mut Pass<'_>);
 
 /// One supported architecture.

@@ -1,13 +1,22 @@
 //! One pass: the rows of several sequences that go through the layers together, the buffers they
 //! pass through, and the two places where a row meets its own sequence's memory.
+//!
+//! Of a split model the first layers run on the host and the others on a card: a pass is at the
+//! layers of one device at a time, with that device's verbs and buffers, and crosses over once. The
+//! compressor of `nodes` reads embeddings, so that its part of a pass comes before the first layer.
 
+use super::Forward;
 use crate::error::Result;
+use crate::hparams::Hparams;
+use crate::memory::trunk::TrunkScratch;
 use crate::memory::{Memory, Plan, Recall, RecallScratch, Source};
-use crate::ops::{Buffer, Ops, Part, Rows};
+use crate::ops::{Buffer, Device, Ops, Part, Rows};
 use crate::weights::{Layer, Weights};
 use mneme_kernels::attend::Visible;
+use std::ops::Range;
 
-/// Activations, kept between passes so that their memory is not asked for anew each token.
+/// Activations on one device, kept between passes so that their memory is not asked for anew each
+/// token.
 #[derive(Default)]
 pub struct Scratch {
     /// Residual stream `[n, n_embd]`.
@@ -32,16 +41,66 @@ pub struct Scratch {
     pub logits: Buffer,
     /// What recurrent memories compute with.
     pub recall: RecallScratch,
+    /// What the compressor of `nodes` steps with, on the device of the first layer.
+    pub trunk: TrunkScratch,
+}
+
+impl Scratch {
+    /// Room for `n` rows of a model, for logits of `n_out` of them, and for recurrent memories where
+    /// a row `recalls`.
+    fn resize(
+        &mut self,
+        device: &Device,
+        hp: &Hparams,
+        n: usize,
+        n_out: usize,
+        recalls: bool,
+    ) -> Result<()> {
+        let (n_q, n_kv) = (hp.n_head * hp.head_dim, hp.n_head_kv * hp.head_dim);
+        for (buffer, len) in [
+            (&mut self.x, n * hp.n_embd),
+            (&mut self.h, n * hp.n_embd),
+            (&mut self.q, n * n_q),
+            (&mut self.k, n * n_kv),
+            (&mut self.v, n * n_kv),
+            (&mut self.att, n * n_q),
+            (&mut self.gate, n * hp.n_ff),
+            (&mut self.up, n * hp.n_ff),
+            (&mut self.act, n * hp.n_ff),
+            (&mut self.logits, n_out * hp.n_vocab),
+        ] {
+            device.resize(buffer, len)?;
+        }
+        if !recalls {
+            return Ok(());
+        }
+        let r = &mut self.recall;
+        for (buffer, len) in [
+            (&mut r.beta, n * hp.n_head),
+            (&mut r.g, n * hp.n_head),
+            (&mut r.k, n * n_kv),
+            (&mut r.v, n * n_kv),
+            (&mut r.o, n * n_q),
+            (&mut r.gate, n * hp.n_head),
+        ] {
+            device.resize(buffer, len)?;
+        }
+        Ok(())
+    }
 }
 
 /// Rows of all sequences, stacked.
 pub struct Pass<'a> {
-    /// The verbs.
+    /// The verbs of the layers that the pass is at.
     pub ops: &'a dyn Ops,
     /// The tensors.
     pub w: &'a Weights,
-    /// The buffers.
+    /// The buffers of the layers that the pass is at.
     pub s: &'a mut Scratch,
+    /// Those layers: all, unless the model is split.
+    layers: Range<usize>,
+    /// Verbs and buffers of the layers behind them, on another device.
+    behind: Option<(&'a dyn Ops, &'a mut Scratch)>,
     /// What each row has of its own.
     pub rows: Rows,
     /// Rows that are still computed: all, then those whose logits are wanted.
@@ -54,11 +113,12 @@ pub struct Pass<'a> {
 impl<'a> Pass<'a> {
     /// Stacks the planned rows of several sequences, reserves their cells and fills the residual
     /// stream with their embeddings. `out_rows` are the rows (in the stacked order) whose logits
-    /// are wanted. On an error no memory has changed.
+    /// are wanted. The buffers are of the layers before [`Ops::first_layer`], and of the others. On
+    /// an error no memory has changed.
     pub fn new(
         ops: &'a dyn Ops,
         w: &'a Weights,
-        s: &'a mut Scratch,
+        [before, s]: [&'a mut Scratch; 2],
         sequences: Vec<(&'a mut (dyn Memory + 'static), &'a Plan)>,
         out_rows: Vec<usize>,
     ) -> Result<Pass<'a>> {
@@ -79,6 +139,12 @@ impl<'a> Pass<'a> {
                 let from_start = |v: &Visible| Visible { raw_begin: 0, ..*v };
                 everything = visible.iter().map(from_start).collect();
             }
+            if memory.trunk_step().is_some() {
+                rows.steps.push(rows.pos.len() - 1);
+            }
+            let slots = plan.entries.iter().enumerate();
+            let slots = slots.filter(|(_, e)| e.source == Source::Slot);
+            rows.node_slots.extend(slots.map(|(i, _)| start + i));
             let (n_always, top_k) = memory.ranking();
             rows.parts.push(Part {
                 rows: start..rows.pos.len(),
@@ -94,59 +160,87 @@ impl<'a> Pass<'a> {
             plans.push(plan);
         }
         let (n, n_out) = (rows.n(), rows.out.len());
-        let (n_q, n_kv) = (hp.n_head * hp.head_dim, hp.n_head_kv * hp.head_dim);
-        let device = ops.device();
-        for (buffer, len) in [
-            (&mut s.h, n * hp.n_embd),
-            (&mut s.q, n * n_q),
-            (&mut s.k, n * n_kv),
-            (&mut s.v, n * n_kv),
-            (&mut s.att, n * n_q),
-            (&mut s.gate, n * hp.n_ff),
-            (&mut s.up, n * hp.n_ff),
-            (&mut s.act, n * hp.n_ff),
-            (&mut s.logits, n_out * hp.n_vocab),
-        ] {
-            device.resize(buffer, len)?;
-        }
-        if memories.iter().any(|m| m.store().gates_layout().is_some()) {
-            let r = &mut s.recall;
-            for (buffer, len) in [
-                (&mut r.beta, n * hp.n_head),
-                (&mut r.g, n * hp.n_head),
-                (&mut r.k, n * n_kv),
-                (&mut r.v, n * n_kv),
-                (&mut r.o, n * n_q),
-                (&mut r.gate, n * hp.n_head),
-            ] {
-                device.resize(buffer, len)?;
+        let recalls = memories.iter().any(|m| m.store().gates_layout().is_some());
+        s.resize(ops.device(), hp, n, n_out, recalls)?;
+        let (first, n_layer) = (ops.first_layer(), hp.n_layer);
+        let (s, layers, behind) = match first {
+            0 => (s, 0..n_layer, None),
+            _ => {
+                before.resize(&Device::Host, hp, n, 0, recalls)?;
+                (before, 0..first, Some((ops, s)))
+            }
+        };
+        let device = ops.of_layer(0).device();
+        if let Some(nodes) = &w.nodes {
+            let readouts = plans.iter().flat_map(|plan| &plan.readouts);
+            let readouts: Vec<f32> = readouts.copied().collect();
+            if !rows.steps.is_empty() {
+                nodes.make_room(device, &mut s.trunk, rows.steps.len())?;
+            }
+            if !readouts.is_empty() {
+                nodes.send_readouts(device, &mut s.trunk, &readouts)?;
             }
         }
         device.fill(&mut s.x, n * hp.n_embd, |x| {
-            let entries = plans.iter().flat_map(|plan| {
-                let entry = |e| (e, &plan.embeds);
-                plan.entries.iter().map(entry)
-            });
-            for ((entry, embeds), row) in entries.zip(x.chunks_exact_mut(hp.n_embd)) {
-                match entry.source {
-                    Source::Token(id) => w.token_embd.read_row(id as usize, row),
-                    Source::Embed(i) => {
-                        row.copy_from_slice(&embeds[i * hp.n_embd..][..hp.n_embd]);
-                    }
+            let entries = plans.iter().flat_map(|plan| &plan.entries);
+            for (entry, row) in entries.zip(x.chunks_exact_mut(hp.n_embd)) {
+                // Slots are made where the first layer runs.
+                if let Source::Token(id) = entry.source {
+                    w.token_embd.read_row(id as usize, row);
                 }
             }
         })?;
         let stores: Vec<_> = memories.iter().map(|m| m.store()).collect();
         ops.begin(&mut rows, &stores)?;
         Ok(Pass {
-            ops,
+            ops: ops.of_layer(0),
             w,
             s,
+            layers,
+            behind,
             rows,
             n,
             hidden: false,
             memories,
         })
+    }
+
+    /// Runs what the plans have left to the pass, all layers and the head.
+    pub fn run(&mut self, forward: Forward) -> Result<()> {
+        let ops = self.ops;
+        ops.run(self, forward)?;
+        let Some((ops, s)) = self.behind.take() else {
+            return Ok(());
+        };
+        // The residual stream is all that layers hand on.
+        let before = std::mem::replace(&mut self.s, s);
+        self.s.x.write(before.x.host())?;
+        self.ops = ops;
+        self.layers = self.layers.end..self.w.hparams.n_layer;
+        ops.run(self, forward)
+    }
+
+    /// The part of [`Pass::run`] at one device, what a recording holds: the layers that the pass is
+    /// at, with the compressor and the slots of `nodes` before the first of all.
+    pub fn run_here(&mut self, forward: Forward) {
+        let (rows, s) = (&self.rows, &mut *self.s);
+        if let (Some(nodes), 0) = (&self.w.nodes, self.layers.start) {
+            let steps = self.memories.iter_mut().filter_map(|m| m.trunk_step());
+            let mut steps: Vec<_> = steps.collect();
+            if !rows.node_slots.is_empty() {
+                nodes.put_slots(self.ops, &mut s.trunk, rows, &mut s.x);
+            }
+            if !steps.is_empty() {
+                nodes.step(self.ops, &mut s.trunk, &s.x, rows, &mut steps);
+            }
+        }
+        forward(self);
+    }
+
+    /// The layers that the pass is at, with their numbers.
+    pub fn layers(&self) -> impl Iterator<Item = (usize, &'a Layer)> + use<'a> {
+        let (w, layers) = (self.w, self.layers.clone());
+        layers.map(move |il| (il, &w.layers[il]))
     }
 
     /// Rows in the pass.
@@ -227,13 +321,13 @@ impl<'a> Pass<'a> {
         self.ops.add(&mut s.x, &s.h);
     }
 
-    /// Last norm and head: logits of the wanted rows into `s.logits`, or their normed hidden states
-    /// left in `s.h`.
+    /// Behind the last layer its norm and the head: logits of the wanted rows into `s.logits`, or
+    /// their normed hidden states left in `s.h`. Nothing where other layers follow.
     pub fn head(&mut self) {
         let hp = &self.w.hparams;
         let n = self.n();
         let s = &mut *self.s;
-        if n == 0 {
+        if n == 0 || self.layers.end < hp.n_layer {
             return;
         }
         self.ops

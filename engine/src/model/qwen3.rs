@@ -4,12 +4,12 @@
 use super::Pass;
 use crate::ops::RopeKind;
 
-/// All layers and the head over the rows of `pass`.
+/// The layers that `pass` is at, and after the last one the head, over its rows.
 pub fn forward(pass: &mut Pass<'_>) {
     let (ops, w) = (pass.ops, pass.w);
     let hp = &w.hparams;
-    let (inv_freq, mscale) = (&w.rope_inv_freq, w.rope_mscale);
-    for (il, layer) in w.layers.iter().enumerate() {
+    for (il, layer) in pass.layers() {
+        let (inv_freq, mscale) = (&layer.rope_inv_freq, w.rope_mscale);
         let n = pass.n();
         let s = &mut *pass.s;
         ops.rms_norm(&s.x, &layer.attn_norm, hp.rms_eps, &mut s.h);

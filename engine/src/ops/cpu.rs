@@ -3,7 +3,9 @@
 //! [`Cpu`]'s own methods take slices: the small parts of memories that always run on the host call
 //! those. As [`Ops`] the same verbs take buffers.
 
-use super::{Buffer, Device, Fold, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, best_of};
+use super::{
+    Buffer, ConvSeq, Device, Fold, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, best_of,
+};
 use crate::error::{Error, Result};
 use crate::gguf::{GgmlType, Gguf, TensorInfo};
 use crate::memory::store::{Region, Store};
@@ -341,6 +343,11 @@ impl Cpu {
     }
 }
 
+/// Some `rows` of `x` `[n, width]`.
+fn rows_of<'a>(x: &'a [f32], width: usize, rows: &Range<usize>) -> &'a [f32] {
+    &x[rows.start * width..rows.end * width]
+}
+
 /// `1 / (1 + e^-x)`.
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
@@ -383,6 +390,10 @@ impl Ops for Cpu {
         self
     }
 
+    fn first_layer(&self) -> usize {
+        0
+    }
+
     fn check_room(&self, _: u64) -> Result<()> {
         Ok(()) // the system pages
     }
@@ -396,7 +407,7 @@ impl Ops for Cpu {
     }
 
     fn run(&self, pass: &mut Pass<'_>, forward: Forward) -> Result<()> {
-        forward(pass);
+        pass.run_here(forward);
         Ok(())
     }
 
@@ -450,6 +461,24 @@ impl Ops for Cpu {
             x.host_mut().copy_within(from, to * width);
         }
         x.set_len(rows.out.len() * width);
+    }
+
+    fn take_rows(&self, x: &Buffer, width: usize, rows: &Rows, out: &mut Buffer) {
+        let x = x.host();
+        for (row, to) in rows
+            .steps
+            .iter()
+            .zip(out.host_mut().chunks_exact_mut(width))
+        {
+            to.copy_from_slice(&x[row * width..(row + 1) * width]);
+        }
+    }
+
+    fn put_rows(&self, from: &Buffer, width: usize, rows: &Rows, x: &mut Buffer) {
+        let x = x.host_mut();
+        for (row, from) in rows.node_slots.iter().zip(from.host().chunks_exact(width)) {
+            x[row * width..(row + 1) * width].copy_from_slice(from);
+        }
     }
 
     fn best(
@@ -601,9 +630,7 @@ impl Ops for Cpu {
     }
 
     fn fold(&self, step: Fold<'_>) {
-        let state = step.next.host_mut();
-        state.copy_from_slice(step.state.host());
-        let c = step.n_head * step.head_dim;
+        let (n_head, c) = (step.n_head, step.n_head * step.head_dim);
         let third = |i: usize| -> Vec<f32> {
             let rows = step.qkv.host().chunks_exact(3 * c);
             rows.flat_map(|row| &row[i * c..(i + 1) * c])
@@ -611,48 +638,56 @@ impl Ops for Cpu {
                 .collect()
         };
         let (q, k, v) = (third(0), third(1), third(2));
-        Cpu::recur(
-            self,
-            Form::Recurrent,
-            &mut [Recur {
+        let (beta, g) = (step.beta.host(), step.g.host());
+        let (mut out, mut row) = (step.out.host_mut(), 0);
+        let mut seqs = Vec::with_capacity(step.seqs.len());
+        for seq in step.seqs {
+            let state = seq.next.host_mut();
+            state.copy_from_slice(seq.state.host());
+            let (mine, rest) = out.split_at_mut(seq.n * c);
+            out = rest;
+            let rows = row..row + seq.n;
+            row = rows.end;
+            seqs.push(Recur {
                 rule: Rule::GatedDelta,
-                n_tokens: q.len() / c,
-                n_head: step.n_head,
-                n_head_k: step.n_head,
+                n_tokens: seq.n,
+                n_head,
+                n_head_k: n_head,
                 head_dim_k: step.head_dim,
                 head_dim_v: step.head_dim,
-                q: Numbers::F32(&q),
-                k: Numbers::F32(&k),
-                v: Numbers::F32(&v),
-                g: Numbers::F32(step.g.host()),
-                beta: Numbers::F32(step.beta.host()),
-                resets: step.resets,
+                q: Numbers::F32(rows_of(&q, c, &rows)),
+                k: Numbers::F32(rows_of(&k, c, &rows)),
+                v: Numbers::F32(rows_of(&v, c, &rows)),
+                g: Numbers::F32(rows_of(g, n_head, &rows)),
+                beta: Numbers::F32(rows_of(beta, n_head, &rows)),
+                resets: seq.resets,
                 state,
-                out: step.out.host_mut(),
-            }],
-        );
+                out: mine,
+            });
+        }
+        assert!(out.is_empty(), "rows of no sequence");
+        Cpu::recur(self, Form::Recurrent, &mut seqs);
     }
 
-    fn conv_silu(
-        &self,
-        x: &Buffer,
-        taps: &Buffer,
-        past: &Buffer,
-        next: &mut Buffer,
-        out: &mut Buffer,
-    ) {
+    fn conv_silu(&self, x: &Buffer, taps: &Buffer, seqs: Vec<ConvSeq<'_>>, out: &mut Buffer) {
         let w = taps.len() / 4;
-        let mut inputs = past.host().to_vec();
-        inputs.extend_from_slice(x.host());
-        let rows = out.host_mut().chunks_exact_mut(w).enumerate();
-        for (t, out) in rows {
-            let taps = taps.host().as_chunks::<4>().0;
-            for (c, (out, taps)) in out.iter_mut().zip(taps).enumerate() {
-                let sum: f32 = (0..4).map(|i| taps[i] * inputs[(t + i) * w + c]).sum();
-                *out = sum * sigmoid(sum);
+        let (mut x, mut out) = (x.host(), out.host_mut());
+        for seq in seqs {
+            let (mine, others) = x.split_at(seq.n * w);
+            let (to, rest) = out.split_at_mut(seq.n * w);
+            (x, out) = (others, rest);
+            let mut inputs = seq.past.host().to_vec();
+            inputs.extend_from_slice(mine);
+            for (t, to) in to.chunks_exact_mut(w).enumerate() {
+                let taps = taps.host().as_chunks::<4>().0;
+                for (c, (to, taps)) in to.iter_mut().zip(taps).enumerate() {
+                    let sum: f32 = (0..4).map(|i| taps[i] * inputs[(t + i) * w + c]).sum();
+                    *to = sum * sigmoid(sum);
+                }
             }
+            seq.next.host_mut().copy_from_slice(&inputs[mine.len()..]);
         }
-        next.host_mut().copy_from_slice(&inputs[x.len()..]);
+        assert!(out.is_empty(), "rows of no sequence");
     }
 
     fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize) {

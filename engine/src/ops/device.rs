@@ -18,6 +18,18 @@ pub enum Device {
     Cuda(Arc<Card>),
 }
 
+impl PartialEq for Device {
+    fn eq(&self, other: &Device) -> bool {
+        match (self, other) {
+            (Device::Host, Device::Host) => true,
+            #[cfg(feature = "on-card")]
+            (Device::Cuda(a), Device::Cuda(b)) => Arc::ptr_eq(a, b),
+            #[cfg(feature = "on-card")]
+            _ => false,
+        }
+    }
+}
+
 impl Device {
     /// Whether this is the host's own memory.
     pub fn is_host(&self) -> bool {
@@ -129,6 +141,11 @@ impl Buffer {
     /// Whether nothing is held.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Whether they are in the host's memory.
+    pub fn is_host(&self) -> bool {
+        matches!(self, Buffer::Host(_))
     }
 
     /// The numbers of a buffer of the host.

@@ -10,17 +10,19 @@ mod cpu;
 #[cfg(feature = "on-card")]
 mod cuda;
 mod device;
+mod room;
 mod rows;
 
 pub use best::{MOST_BEST, best_of};
-pub use choice::{DeviceChoice, open};
+pub use choice::{DeviceChoice, Layers, Placed, Request, Split, open};
 pub(crate) use cpu::sigmoid;
 pub use cpu::{Cpu, Matrix, Table, copied_bytes};
 #[cfg(feature = "on-card")]
-pub use cuda::Cuda;
+pub use cuda::{Cuda, card_bytes};
 pub use device::{Buffer, Device, Page, live_page_bytes};
 pub use mneme_kernels::recur::Rule;
 pub use mneme_kernels::rope::RopeKind;
+pub use room::{Bytes, CELLS, Contexts, Room, SPARE};
 pub use rows::{Part, Rows};
 
 use crate::error::Result;
@@ -59,27 +61,46 @@ pub struct Recurrence<'a> {
     pub out: &'a mut Buffer,
 }
 
-/// Tokens of one sequence folded one after the other into a recurrent memory by the gated delta
-/// rule: however they are cut into calls, the bits are the same.
+/// Tokens folded one after the other into the recurrent memories of their sequences by the gated
+/// delta rule: however they are cut into calls, and whatever other sequences are in a call, the bits
+/// are the same.
 pub struct Fold<'a> {
     /// Heads, and states.
     pub n_head: usize,
     /// Dimensions of a query, a key and a value.
     pub head_dim: usize,
-    /// Queries, keys and values, not yet normalised `[n, 3, n_head, head_dim]`.
+    /// Queries, keys and values, not yet normalised `[rows, 3, n_head, head_dim]`.
     pub qkv: &'a Buffer,
-    /// Write strengths `[n, n_head]`.
+    /// Write strengths `[rows, n_head]`.
     pub beta: &'a Buffer,
-    /// Log decays `[n, n_head]`.
+    /// Log decays `[rows, n_head]`.
     pub g: &'a Buffer,
-    /// Tokens before which the state starts anew from zero, ascending.
+    /// The sequences, in the order of their rows.
+    pub seqs: Vec<FoldSeq<'a>>,
+    /// What was read `[rows, n_head, head_dim]`.
+    pub out: &'a mut Buffer,
+}
+
+/// One sequence of a [`Fold`].
+pub struct FoldSeq<'a> {
+    /// Its tokens, one row each.
+    pub n: usize,
+    /// Tokens of its own before which the state starts anew from zero, ascending.
     pub resets: &'a [usize],
     /// State before the first token `[n_head, head_dim, head_dim]`.
     pub state: &'a Buffer,
     /// State after the last token.
     pub next: &'a mut Buffer,
-    /// What was read `[n, n_head, head_dim]`.
-    pub out: &'a mut Buffer,
+}
+
+/// One sequence of a causal convolution of `w` channels; see [`Ops::conv_silu`].
+pub struct ConvSeq<'a> {
+    /// Its tokens, one row each.
+    pub n: usize,
+    /// The three inputs before them `[3, w]`.
+    pub past: &'a Buffer,
+    /// Becomes the last three inputs.
+    pub next: &'a mut Buffer,
 }
 
 /// Best rates of a device, measured.
@@ -112,6 +133,10 @@ pub trait Ops: Send + Sync {
     /// The host's threads: for loading, and for the small parts of a memory that run there.
     fn host(&self) -> &Cpu;
 
+    /// First layer of a model that these verbs run, 0 unless the model is split: the layers before
+    /// it run on [`Ops::host`]. The head is always these verbs'.
+    fn first_layer(&self) -> usize;
+
     /// Refuses weights of `n_bytes` that the device has no room for.
     fn check_room(&self, n_bytes: u64) -> Result<()>;
 
@@ -121,7 +146,8 @@ pub trait Ops: Send + Sync {
     /// Sends what the rows of a pass have of their own to where the verbs read it.
     fn begin(&self, rows: &mut Rows, stores: &[&Store]) -> Result<()>;
 
-    /// Runs the layers over a pass whose rows have begun.
+    /// Runs the layers that a pass is at, all of which are these verbs', by [`Pass::run_here`] or a
+    /// recording of it; its rows have begun.
     fn run(&self, pass: &mut Pass<'_>, forward: Forward) -> Result<()>;
 
     /// `out_m[t, r] = sum_c w_m[r, c] x[t, c]` for several matrices over the same `rows` of `x`
@@ -158,6 +184,12 @@ pub trait Ops: Send + Sync {
 
     /// Keeps the rows of `x` `[n, width]` whose logits are wanted.
     fn keep_rows(&self, x: &mut Buffer, width: usize, rows: &Rows);
+
+    /// `out[i] = x[rows.steps[i]]` for rows of `x` `[n, width]`.
+    fn take_rows(&self, x: &Buffer, width: usize, rows: &Rows, out: &mut Buffer);
+
+    /// `x[rows.node_slots[i]] = from[i]` for rows of `x` `[n, width]`.
+    fn put_rows(&self, from: &Buffer, width: usize, rows: &Rows, x: &mut Buffer);
 
     /// The `k` largest numbers of some `rows` of `x` `[n, n_cols]`, ascending, with their places:
     /// largest first, of equals the lowest place. NaN and minus infinity do not count, so a row may
@@ -232,17 +264,10 @@ pub trait Ops: Send + Sync {
     /// The recurrence of the compressor of `nodes`.
     fn fold(&self, step: Fold<'_>);
 
-    /// `silu` of the causal convolution of each of the `w` channels of `x` `[n, w]` over its last
-    /// four inputs, with `taps` `[w, 4]`, the current input's last. `past` `[3, w]` are the inputs
-    /// before `x`; `next` becomes the last three.
-    fn conv_silu(
-        &self,
-        x: &Buffer,
-        taps: &Buffer,
-        past: &Buffer,
-        next: &mut Buffer,
-        out: &mut Buffer,
-    );
+    /// `silu` of the causal convolution of each of the `w` channels of `x` `[rows, w]`, the rows of
+    /// `seqs` one after the other, over its sequence's last four inputs, with `taps` `[w, 4]`, the
+    /// current input's last.
+    fn conv_silu(&self, x: &Buffer, taps: &Buffer, seqs: Vec<ConvSeq<'_>>, out: &mut Buffer);
 
     /// `x[t, h] *= silu(gate[t, h])` for every head of `head_dim` values.
     fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize);
@@ -268,6 +293,16 @@ pub trait Ops: Send + Sync {
         to: &mut [Page],
         cells: &[(usize, usize)],
     );
+}
+
+impl dyn Ops + '_ {
+    /// The verbs that run `layer`, and that its weights, cells and states lie with.
+    pub fn of_layer(&self, layer: usize) -> &dyn Ops {
+        match layer < self.first_layer() {
+            true => self.host(),
+            false => self,
+        }
+    }
 }
 
 impl<T: Ops + 'static> From<T> for Box<dyn Ops> {

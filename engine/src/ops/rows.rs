@@ -11,6 +11,10 @@ pub struct Rows {
     pub pos: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub out: Vec<usize>,
+    /// Rows of tokens that a compressor steps over in the pass, ascending.
+    pub steps: Vec<usize>,
+    /// Rows of the slots of nodes made in the pass, ascending.
+    pub node_slots: Vec<usize>,
     /// One sequence's rows each.
     pub parts: Vec<Part>,
     /// Where a card finds all this.

@@ -4,8 +4,9 @@
 //! them, and its remembered states come along. From a card it is written to host memory as into a
 //! session file, so that the card's memory is free for others.
 
-use crate::engine::{Model, Sequence};
+use crate::engine::Model;
 use crate::ops::Ops;
+use crate::sequence::Sequence;
 use std::sync::Arc;
 
 /// A text below this many tokens is read again as fast as it is found.

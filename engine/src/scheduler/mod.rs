@@ -21,10 +21,11 @@ pub use job::{
 };
 pub use text::Answer;
 
-use crate::engine::{Engine, Output, Sequence, SequenceOptions};
+use crate::engine::{Engine, Output};
 use crate::error::Result;
 use crate::memory::spec::MemorySpec;
 use crate::memory::{NodeInfo, Stats};
+use crate::sequence::{Sequence, SequenceOptions};
 use cache::PromptCache;
 use slot::Slot;
 use std::collections::VecDeque;

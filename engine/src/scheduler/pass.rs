@@ -4,9 +4,10 @@ use super::cache::MIN_KEPT;
 use super::job::{Event, Failure, Job, Stop};
 use super::slot::{Next, Task};
 use super::{Scheduler, Waiting};
-use crate::engine::{Feed, Output, Sequence};
+use crate::engine::{Feed, Output};
 use crate::error::{Error, FeedError, Result};
 use crate::sampler::Sampler;
+use crate::sequence::Sequence;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 

@@ -4,10 +4,11 @@ use super::job::{Embedded, Event, Failure, Finished, Head, Job, Piece, Stop, Tim
 use super::text::Answer;
 use super::{SlotView, TaskView, probs};
 use crate::embed::Pooler;
-use crate::engine::{Model, Output, Sequence, Want};
+use crate::engine::{Model, Output, Want};
 use crate::error::Result;
 use crate::grammar::Grammar;
 use crate::sampler::Sampler;
+use crate::sequence::Sequence;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

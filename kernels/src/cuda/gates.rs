@@ -14,15 +14,25 @@ struct GateArgs {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct ConvSequence {
+    past: u64,
+    next: u64,
+    row: i32,
+    n: i32,
+    first: i32,
+    unused: i32,
+}
+
+#[repr(C)]
 #[derive(Clone, Copy)]
 struct ConvArgs {
     x: u64,
     taps: u64,
-    past: u64,
-    next: u64,
     out: u64,
-    n: i32,
     w: i32,
+    n_sequences: i32,
+    sequences: [ConvSequence; CONV_SEQUENCES],
 }
 
 #[repr(C)]
@@ -48,6 +58,8 @@ struct ProjectHeadsArgs {
 const THREADS: usize = 256;
 /// Tokens that a thread of the convolution walks.
 const CONV_TOKENS: usize = 16;
+/// Sequences of one launch of the convolution.
+const CONV_SEQUENCES: usize = 64;
 
 /// One thread for each of `n` numbers.
 fn each(n: usize) -> Shape {
@@ -101,9 +113,19 @@ pub fn decay(
     unsafe { dev.launch("decay_gate", each(x.len()), &args) }
 }
 
+/// One sequence of a convolution.
+pub struct Conv<'a> {
+    /// Rows that are its own.
+    pub n: usize,
+    /// The three inputs before them `[3, w]`.
+    pub past: View<'a, f32>,
+    /// Becomes the last three of `past` and the rows `[3, w]`.
+    pub next: ViewMut<'a, f32>,
+}
+
 /// `out = silu(conv(x))`: the causal convolution of each of `w` channels over its last four
-/// inputs. `x` and `out` are `[n, w]`, `taps` is `[w, 4]` with the current input last, `past`
-/// `[3, w]` holds the inputs before `x`; `next` `[3, w]` becomes the last three.
+/// inputs. `x` and `out` are `[rows, w]`, the rows of `seqs` one after the other; `taps` is
+/// `[w, 4]` with the current input last.
 ///
 /// # Errors
 /// If the driver refuses.
@@ -114,42 +136,58 @@ pub fn conv_silu(
     dev: &Device,
     x: View<'_, f32>,
     taps: View<'_, f32>,
-    past: View<'_, f32>,
-    next: ViewMut<'_, f32>,
+    seqs: &mut [Conv<'_>],
     out: ViewMut<'_, f32>,
 ) -> Result<(), Error> {
     let w = taps.len() / 4;
-    assert_eq!(taps.len(), 4 * w, "conv_silu: taps are not [w, 4]");
-    assert_eq!(past.len(), 3 * w, "conv_silu: past is not [3, {w}]");
-    assert_eq!(next.len(), 3 * w, "conv_silu: next is not [3, {w}]");
-    assert_eq!(x.len(), out.len(), "conv_silu: x and out differ in length");
     assert!(
-        w > 0 && x.len().is_multiple_of(w),
-        "conv_silu: {} numbers are not rows of {w}",
-        x.len()
+        w > 0 && taps.len() == 4 * w,
+        "conv_silu: taps are not [w, 4]"
     );
-    let n = x.len() / w;
-    if n == 0 {
-        return dev.copy(past, next);
+    let rows: usize = seqs.iter().map(|s| s.n).sum();
+    assert_eq!(x.len(), rows * w, "conv_silu: x is not [{rows}, {w}]");
+    assert_eq!(x.len(), out.len(), "conv_silu: x and out differ in length");
+    for s in seqs.iter_mut() {
+        assert_eq!(s.past.len(), 3 * w, "conv_silu: past is not [3, {w}]");
+        assert_eq!(s.next.len(), 3 * w, "conv_silu: next is not [3, {w}]");
+        if s.n == 0 {
+            dev.copy(s.past, s.next.reborrow())?;
+        }
     }
-    let runs = n.div_ceil(CONV_TOKENS);
-    assert!(runs < 1 << 16, "conv_silu: {n} rows");
-    let args = ConvArgs {
-        x: dev.input(&x),
-        taps: dev.input(&taps),
-        past: dev.input(&past),
-        next: dev.output(&next),
-        out: dev.output(&out),
-        n: n as i32,
-        w: w as i32,
-    };
-    let shape = Shape {
-        grid: [w.div_ceil(THREADS) as u32, runs as u32, 1],
-        block: [THREADS as u32, 1, 1],
-        shared_bytes: 0,
-    };
-    // SAFETY: the struct is the kernel's, lengths are checked above.
-    unsafe { dev.launch("conv_silu", shape, &args) }
+    let mut row = 0;
+    for seqs in seqs.chunks(CONV_SEQUENCES) {
+        let mut args = ConvArgs {
+            x: dev.input(&x),
+            taps: dev.input(&taps),
+            out: dev.output(&out),
+            w: w as i32,
+            n_sequences: 0,
+            sequences: [ConvSequence::default(); CONV_SEQUENCES],
+        };
+        let mut runs = 0;
+        for s in seqs.iter().filter(|s| s.n > 0) {
+            args.sequences[args.n_sequences as usize] = ConvSequence {
+                past: dev.input(&s.past),
+                next: dev.output(&s.next),
+                row: row as i32,
+                n: s.n as i32,
+                first: runs as i32,
+                unused: 0,
+            };
+            args.n_sequences += 1;
+            row += s.n;
+            runs += s.n.div_ceil(CONV_TOKENS);
+        }
+        assert!(runs < 1 << 16, "conv_silu: {row} rows");
+        let shape = Shape {
+            grid: [w.div_ceil(THREADS) as u32, runs as u32, 1],
+            block: [THREADS as u32, 1, 1],
+            shared_bytes: 0,
+        };
+        // SAFETY: the struct is the kernel's, lengths are checked above.
+        unsafe { dev.launch("conv_silu", shape, &args)? };
+    }
+    Ok(())
 }
 
 /// `x[i, :] *= silu(gate[i])` for rows of `d` numbers.

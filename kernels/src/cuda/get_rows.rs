@@ -119,3 +119,45 @@ pub fn copy_rows(
     }
     Ok(())
 }
+
+/// `out[rows[i], :] = x[i, :]` for rows of `n_cols` numbers, no row twice. A number that is no row of
+/// `out` is passed over.
+///
+/// # Errors
+/// If the driver refuses.
+///
+/// # Panics
+/// If the lengths do not fit together.
+pub fn put_rows(
+    dev: &Device,
+    x: View<'_, f32>,
+    n_cols: usize,
+    rows: View<'_, u32>,
+    out: ViewMut<'_, f32>,
+) -> Result<(), Error> {
+    assert!(
+        n_cols > 0 && out.len().is_multiple_of(n_cols),
+        "put_rows: {} numbers are not rows of {n_cols}",
+        out.len()
+    );
+    assert_eq!(
+        x.len(),
+        rows.len() * n_cols,
+        "put_rows: x is not [{}, {n_cols}]",
+        rows.len()
+    );
+    let (from, ids, to) = (dev.input(&x), dev.input(&rows), dev.output(&out));
+    for first in (0..rows.len()).step_by(ROWS) {
+        let args = CopyArgs {
+            x: from + (4 * first * n_cols) as u64,
+            ids: ids + 4 * first as u64,
+            out: to,
+            n_rows: (out.len() / n_cols) as u32,
+            n_cols: n_cols as i32,
+        };
+        let shape = shape(ROWS.min(rows.len() - first), n_cols);
+        // SAFETY: the struct is the kernel's, lengths are checked above, ids by the kernel.
+        unsafe { dev.launch("put_rows", shape, &args)? };
+    }
+    Ok(())
+}

@@ -76,6 +76,13 @@ impl Packed {
         })
     }
 
+    /// Device memory that a matrix of this shape takes, padding included.
+    pub fn bytes_of(ty: WeightType, n_rows: u64, n_cols: u64) -> u64 {
+        let panel = Kind::of(ty).panel_bytes(n_cols.div_ceil(pack::CHUNK as u64));
+        let n_panels = n_rows.div_ceil(pack::PANEL as u64);
+        n_panels.saturating_mul(panel).saturating_add(4 * n_rows)
+    }
+
     /// Rows: numbers of the result per token.
     pub fn n_rows(&self) -> usize {
         self.n_rows

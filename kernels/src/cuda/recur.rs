@@ -44,7 +44,9 @@ pub struct Recur<'a> {
     pub beta: View<'a, f32>,
     /// `[n_tokens]`: where not zero, the state starts anew from zero before the token.
     pub resets: Option<View<'a, u32>>,
-    /// State `[n_head, head_dim_k, head_dim_v]`; in: before the first token, out: after the last.
+    /// State before the first token `[n_head, head_dim_k, head_dim_v]`; `None`: it is in `state`.
+    pub from: Option<View<'a, f32>>,
+    /// State after the last token `[n_head, head_dim_k, head_dim_v]`.
     pub state: ViewMut<'a, f32>,
     /// Result, `[n_tokens, n_head, head_dim_v]`; written whole.
     pub out: ViewMut<'a, f32>,
@@ -59,6 +61,7 @@ struct Sequence {
     g: u64,
     beta: u64,
     resets: u64,
+    from: u64,
     state: u64,
     out: u64,
     q_stride: u64,
@@ -111,6 +114,11 @@ const CHUNKED_FROM: usize = 2 * CHUNK;
 /// If shapes do not fit together.
 pub fn recur(dev: &Device, form: Form, seqs: &mut [Recur<'_>]) -> Result<(), Error> {
     seqs.iter().for_each(check);
+    for s in seqs.iter_mut().filter(|s| s.n_tokens == 0) {
+        if let Some(from) = s.from {
+            dev.copy(from, s.state.reborrow())?;
+        }
+    }
     let chunked = |s: &Recur<'_>| match form {
         Form::Recurrent => false,
         Form::Chunked => true,
@@ -209,6 +217,10 @@ fn describe(dev: &Device, s: &Recur<'_>) -> Sequence {
         g: s.g.as_ref().map_or(0, |g| dev.input(g)),
         beta: dev.input(&s.beta),
         resets: s.resets.as_ref().map_or(0, |r| dev.input(r)),
+        from: match &s.from {
+            Some(from) => dev.input(from),
+            None => dev.output(&s.state),
+        },
         state: dev.output(&s.state),
         out: dev.output(&s.out),
         q_stride: dense(s.q_stride, s.n_head * s.head_dim_k),
@@ -269,5 +281,8 @@ fn check(s: &Recur<'_>) {
         heads * dim_k * dim_v,
         "recur: numbers in state"
     );
+    if let Some(from) = &s.from {
+        assert_eq!(from.len(), s.state.len(), "recur: numbers in from");
+    }
     assert_eq!(s.out.len(), n * heads * dim_v, "recur: numbers in out");
 }

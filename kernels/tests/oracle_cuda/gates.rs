@@ -1,7 +1,8 @@
 //! The gates of AHN and of the nodes trunk against F64: one or two F32 functions each, 2e-6.
 
 use crate::{close, device, get, normal, poisoned, put, rng};
-use mneme_kernels::cuda::gates;
+use mneme_kernels::cuda::gates::{self, Conv};
+use mneme_kernels::cuda::{Buffer, Device, View};
 
 fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
@@ -44,6 +45,23 @@ fn sigmoid_and_decay() {
     }
 }
 
+/// The convolution of one sequence: its rows, and the inputs that are carried on.
+fn conv(
+    dev: &Device,
+    x: View<'_, f32>,
+    taps: &Buffer<f32>,
+    past: &Buffer<f32>,
+) -> (Vec<f32>, Buffer<f32>) {
+    let (mut out, mut next) = (poisoned(dev, x.len()), poisoned(dev, past.len()));
+    let seq = Conv {
+        n: x.len() * 3 / past.len(),
+        past: past.all(),
+        next: next.all_mut(),
+    };
+    gates::conv_silu(dev, x, taps.all(), &mut [seq], out.all_mut()).expect("conv");
+    (get(dev, &out), next)
+}
+
 /// In one call, and token by token with the past carried: the same bits.
 #[test]
 fn convolution_carries_its_past() {
@@ -63,46 +81,54 @@ fn convolution_carries_its_past() {
             })
             .collect();
         let (taps, x, past) = (put(dev, &taps), put(dev, &x), put(dev, &past));
-        let (mut out, mut next) = (poisoned(dev, n * w), poisoned(dev, 3 * w));
-        gates::conv_silu(
-            dev,
-            x.all(),
-            taps.all(),
-            past.all(),
-            next.all_mut(),
-            out.all_mut(),
-        )
-        .expect("conv");
-        close(&expected, &get(dev, &out), 2e-6, "conv_silu");
+        let (out, next) = conv(dev, x.all(), &taps, &past);
+        close(&expected, &out, 2e-6, "conv_silu");
         assert_eq!(get(dev, &next), inputs[n * w..]);
-        let (mut steps, mut before) = (poisoned(dev, n * w), past);
+        let (mut steps, mut before) = (Vec::new(), past);
         for t in 0..n {
-            let row = t * w..(t + 1) * w;
-            let mut next = poisoned(dev, 3 * w);
-            gates::conv_silu(
-                dev,
-                x.slice(row.clone()),
-                taps.all(),
-                before.all(),
-                next.all_mut(),
-                steps.slice_mut(row),
-            )
-            .expect("conv");
+            let (row, next) = conv(dev, x.slice(t * w..(t + 1) * w), &taps, &before);
+            steps.extend(row);
             before = next;
         }
-        assert_eq!(get(dev, &out), get(dev, &steps));
-        let mut next = poisoned(dev, 3 * w);
-        let (nothing, mut none) = (put::<f32>(dev, &[]), poisoned(dev, 0));
-        gates::conv_silu(
-            dev,
-            nothing.all(),
-            taps.all(),
-            before.all(),
-            next.all_mut(),
-            none.all_mut(),
-        )
-        .expect("no tokens");
+        assert_eq!(out, steps);
+        let (none, next) = conv(dev, x.slice(0..0), &taps, &before);
+        assert!(none.is_empty());
         assert_eq!(get(dev, &next), get(dev, &before));
+    }
+}
+
+/// Sequences stacked, more than one launch takes: the bits they have alone.
+#[test]
+fn convolutions_of_several_sequences_do_not_mix() {
+    let Some(dev) = device() else { return };
+    let mut rng = rng(9);
+    let w = 37;
+    for counts in [vec![1; 70], vec![5, 0, 1, 40, 2]] {
+        let rows: usize = counts.iter().sum();
+        let taps = put(dev, &normal(&mut rng, 4 * w, 0.5));
+        let x = put(dev, &normal(&mut rng, rows * w, 1.0));
+        let pasts: Vec<Buffer<f32>> = counts
+            .iter()
+            .map(|_| put(dev, &normal(&mut rng, 3 * w, 1.0)))
+            .collect();
+        let mut nexts: Vec<_> = counts.iter().map(|_| poisoned(dev, 3 * w)).collect();
+        let mut out = poisoned(dev, rows * w);
+        let mut seqs: Vec<Conv<'_>> = (counts.iter().zip(&pasts).zip(&mut nexts))
+            .map(|((&n, past), next)| Conv {
+                n,
+                past: past.all(),
+                next: next.all_mut(),
+            })
+            .collect();
+        gates::conv_silu(dev, x.all(), taps.all(), &mut seqs, out.all_mut()).expect("conv");
+        let (got, mut row) = (get(dev, &out), 0);
+        for ((n, past), next) in counts.into_iter().zip(&pasts).zip(&nexts) {
+            let mine = row * w..(row + n) * w;
+            let (alone, after) = conv(dev, x.slice(mine.clone()), &taps, past);
+            assert_eq!(got[mine], alone);
+            assert_eq!(get(dev, next), get(dev, &after));
+            row += n;
+        }
     }
 }
 

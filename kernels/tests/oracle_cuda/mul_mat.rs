@@ -52,6 +52,8 @@ fn weights(
 fn run(dev: &Device, ty: WeightType, shape: (usize, usize), w: &[u8], x: &[f32]) -> Vec<f32> {
     let n_tokens = x.len() / shape.1;
     let packed = Packed::pack(dev, ty, shape.0, shape.1, w).expect("a valid matrix");
+    let counted = Packed::bytes_of(ty, shape.0 as u64, shape.1 as u64);
+    assert_eq!(packed.n_bytes() as u64, counted, "{ty:?}, {shape:?}");
     let mut out = poisoned(dev, n_tokens * shape.0);
     mul_mat(
         dev,
@@ -314,4 +316,14 @@ fn rows_are_what_the_file_says() {
     assert_eq!(got[..300], x[2700..]);
     assert_eq!(got[300..600], x[..300]);
     assert!(got[600..].iter().all(|x| x.is_nan()));
+
+    // The other way: two rows find their places, the third has none.
+    let mut out = put(dev, &x);
+    let back = put(dev, &got);
+    let rows = put(dev, &[4u32, 9, 10]);
+    cuda::get_rows::put_rows(dev, back.all(), 300, rows.all(), out.all_mut()).expect("put_rows");
+    let mut expected = x.clone();
+    expected[1200..1500].copy_from_slice(&got[..300]);
+    expected[2700..].copy_from_slice(&got[300..600]);
+    assert_eq!(get(dev, &out), expected);
 }

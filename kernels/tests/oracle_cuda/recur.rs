@@ -137,6 +137,7 @@ impl Case {
             g: p.g.as_ref().map(Buffer::all),
             beta: p.beta.all(),
             resets: p.resets.as_ref().map(Buffer::all),
+            from: None,
             state: p.state.all_mut(),
             out: p.out.all_mut(),
         }
@@ -340,6 +341,31 @@ fn long_calls_go_in_rounds() {
     let got = case.run(dev, Form::Auto, 0..case.n_tokens, &mut got_state);
     close(&out, &got, TOLERANCE_CHUNKED, "out");
     close(&state, &got_state, TOLERANCE_CHUNKED, "state");
+}
+
+/// The state before and the state after in two buffers: the same bits, and the first one stays.
+#[test]
+fn the_state_before_may_be_kept() {
+    let Some(dev) = device() else { return };
+    for (form, n) in [
+        (Form::Recurrent, 0),
+        (Form::Recurrent, 9),
+        // Several rounds.
+        (Form::Chunked, 15 * CHUNK + 3),
+    ] {
+        let case = Case::new(14, Rule::GatedDelta, n, (20, 1), (129, 1));
+        let mut state = case.state.clone();
+        let expected = case.run(dev, form, 0..n, &mut state);
+        let before = put(dev, &case.state);
+        let poison = vec![f32::NAN; state.len()];
+        let mut placed = case.place(dev, 0..n, &poison);
+        let mut call = case.call(&mut placed, n);
+        call.from = Some(before.all());
+        recur(dev, form, &mut [call]).expect("recur");
+        assert_eq!(bits(&expected), bits(&get(dev, &placed.out)));
+        assert_eq!(bits(&state), bits(&get(dev, &placed.state)));
+        assert_eq!(bits(&case.state), bits(&get(dev, &before)));
+    }
 }
 
 /// Queries, keys and values as thirds of one buffer.

@@ -4,16 +4,18 @@
 //! Kept cells, in order: the sinks (the first `sinks` entries), then the slots of the nodes in the
 //! order of the text. Raw cells are all other tokens.
 
+mod fold;
 mod rewind;
 mod saved;
 
 use super::decider::{Controller, Decider, sentence_ends_at, splitmix64};
-use super::store::{Cell, Rearrangement, Store};
-use super::trunk::{NodeTensors, TrunkState};
+use super::store::{Cell, Store};
+use super::trunk::{NodeTensors, Stepped, TrunkState, TrunkStep};
 use super::{Context, Entry, Memory, MemorySpec, NodeInfo, Plan, Source, Stats};
 use crate::error::Result;
-use crate::ops::Ops;
+use crate::ops::{Buffer, Ops};
 use crate::session::{Decoder, Encoder};
+use fold::Folded;
 use mneme_kernels::attend::Visible;
 use std::io;
 use std::sync::Arc;
@@ -103,16 +105,19 @@ struct Next {
     new_nodes: Vec<Node>,
     /// Nodes folded into the one new node.
     folded: Option<Folded>,
+    /// The compressor's step over the pass's one token, where the pass is to run it.
+    step: Option<Step>,
     /// New cells of either kind.
     n_kept: usize,
     n_raw: usize,
 }
 
-/// Nodes that become one: index of the first, how many, and the kept cells without theirs.
-struct Folded {
-    first: usize,
-    n: usize,
-    kept: Rearrangement,
+/// A token whose way through the compressor is the pass's work: nothing of it is asked for before
+/// the next token comes.
+struct Step {
+    /// Whether the active memory starts anew before it.
+    resets: bool,
+    out: Stepped,
 }
 
 struct Nodes {
@@ -315,85 +320,6 @@ impl Nodes {
         self.state.seg_raw.min(window)
     }
 
-    fn is_full(&self) -> bool {
-        let n = self.nodes.len() * self.tensors().n_slots;
-        self.cfg.node_max > 0 && n > self.cfg.node_max && self.nodes.len() > 1
-    }
-
-    /// A pass that folds the oldest neighbours of the fullest level into one node.
-    fn plan_fold(&mut self, ops: &dyn Ops) -> Result<Plan> {
-        let mut spare = self.take_spare();
-        let levels = self.nodes.iter().map(|n| n.level).max().unwrap_or(0);
-        let count = |level| self.nodes.iter().filter(|n| n.level == level).count();
-        let fullest = (0..=levels).rev().max_by_key(|&l| count(l)).unwrap_or(0);
-        let (first, n) = match count(fullest) {
-            0 | 1 => (0, self.cfg.fanin.min(self.nodes.len())),
-            n => {
-                let first = self.nodes.iter().position(|n| n.level == fullest);
-                (first.unwrap_or(0), n.min(self.cfg.fanin))
-            }
-        };
-        let children = &self.nodes[first..first + n];
-        let tensors = self.tensors();
-        let rs: Vec<f32> = children.iter().flat_map(|n| n.r.iter().copied()).collect();
-        let (r, embeds) = {
-            let s = &mut *tensors.scratch();
-            let r = tensors.fold_readouts(ops, s, &mut spare, &rs)?;
-            let embeds = tensors.slots(ops, s, &r)?;
-            (r, embeds)
-        };
-        let last = &children[n - 1];
-        let n_kept = self.store.n_kept();
-        let raw_end = self.store.raw_end();
-        let entries = (0..tensors.n_slots).map(|j| Entry {
-            source: Source::Embed(j),
-            token: None,
-            pos: last.pos + j as u32,
-            cell: Cell::Kept(j),
-            visible: Visible {
-                n_kept: (n_kept + j + 1) as u32,
-                raw_begin: raw_end,
-                raw_end,
-            },
-        });
-        let plan = Plan {
-            entries: entries.collect(),
-            embeds,
-            ..Plan::default()
-        };
-        // The new slots lie behind all others and take their children's place.
-        let n_cells = |nodes: &[Node]| nodes.iter().map(|n| n.n_cells).sum::<usize>();
-        let hole = self.n_sinks() + n_cells(&self.nodes[..first]);
-        let order: Vec<usize> = (0..hole)
-            .chain(n_kept..n_kept + tensors.n_slots)
-            .chain(hole + n_cells(children)..n_kept)
-            .collect();
-        let kept = self.store.rearrangement(order)?;
-        let mut state = self.state.clone();
-        state.n_entries += tensors.n_slots;
-        let folded = Node {
-            id: state.next_id,
-            level: children.iter().map(|n| n.level).max().unwrap_or(0) + 1,
-            start: children[0].start,
-            end: last.end,
-            p: last.p,
-            children: children.iter().map(|n| n.id).collect(),
-            r,
-            pos: last.pos,
-            n_cells: tensors.n_slots,
-        };
-        state.next_id += 1;
-        self.next = Some(Next {
-            state,
-            new_nodes: vec![folded],
-            folded: Some(Folded { first, n, kept }),
-            n_kept: tensors.n_slots,
-            n_raw: 0,
-        });
-        self.spare = Some(spare);
-        Ok(plan)
-    }
-
     /// A state to be written over.
     fn take_spare(&mut self) -> TrunkState {
         let spare = self.spare.take();
@@ -401,12 +327,14 @@ impl Nodes {
     }
 
     /// The pass over `tokens`; stops before a token whose arrival closes a segment that overfills
-    /// the nodes. The state of the compressor afterwards is written over `trunk`.
+    /// the nodes. The state of the compressor afterwards is written over `trunk`: here, or with
+    /// `alone`, which says that there is one token only, by the pass.
     fn plan_tokens(
         &self,
         ops: &dyn Ops,
         tokens: &[u32],
         skip: bool,
+        alone: bool,
         mut trunk: TrunkState,
     ) -> Result<(Plan, Next)> {
         let (tensors, cfg) = (self.tensors(), &self.cfg);
@@ -419,7 +347,10 @@ impl Nodes {
         // The trunk, and with it every probability. Of other rules than a trained one they are known
         // when the next token is, or after the pass.
         let decides = cfg.decider == Decider::Trained;
-        let p = tensors.read(ops, s, before, &mut trunk, embd, tokens, decides)?;
+        let p = match alone {
+            true => Vec::new(),
+            false => tensors.read(ops, s, before, &mut trunk, embd, tokens, decides)?,
+        };
 
         // Which tokens open a segment.
         let mut scan = state.clone();
@@ -461,7 +392,17 @@ impl Nodes {
 
         // The active memory over the tokens taken.
         let resets: Vec<usize> = (0..n).filter(|&i| opens[i] && cfg.reset).collect();
-        let r = tensors.fold(ops, s, before, &mut trunk, n, &resets)?;
+        let step = (alone && n == 1).then(|| Step {
+            resets: !resets.is_empty(),
+            out: Stepped::default(),
+        });
+        let r = match step {
+            Some(_) => {
+                trunk.own(ops.of_layer(0).device(), before)?;
+                &[]
+            }
+            None => tensors.fold(ops, s, before, &mut trunk, n, &resets)?,
+        };
         if stop.is_some() && cfg.reset {
             trunk.set_active(&tensors.start());
         }
@@ -472,7 +413,6 @@ impl Nodes {
             n_tokens: n,
             ..Plan::default()
         };
-        let mut rs = Vec::new();
         let mut new_nodes = Vec::new();
         let (mut kept, mut raw) = (0, 0);
         let (n_kept, raw_end) = (self.store.n_kept(), self.store.raw_end());
@@ -492,7 +432,7 @@ impl Nodes {
                     let end = raw_end + raw as u64;
                     let window = end.saturating_sub(cfg.window as u64);
                     plan.entries.push(Entry {
-                        source: Source::Embed(rs.len() / c * n_slots + (state.pos - pos) as usize),
+                        source: Source::Slot,
                         token: None,
                         pos: state.pos,
                         cell: Cell::Kept(kept),
@@ -521,7 +461,7 @@ impl Nodes {
                     pos,
                     n_cells,
                 });
-                rs.extend_from_slice(&last.r);
+                plan.readouts.extend_from_slice(&last.r);
                 state.close(n_slots, raw_end + raw as u64);
             }
             if i == n {
@@ -555,13 +495,14 @@ impl Nodes {
                 });
             }
             let p = p.get(i).copied().unwrap_or(0.0);
-            state.take(tokens[i], p, r[i * c..(i + 1) * c].into());
+            let r = r.get(i * c..(i + 1) * c).unwrap_or_default();
+            state.take(tokens[i], p, r.into());
         }
-        plan.embeds = tensors.slots(ops, s, &rs)?;
         let next = Next {
             state,
             new_nodes,
             folded: None,
+            step,
             n_kept: kept,
             n_raw: raw,
         };
@@ -640,7 +581,8 @@ impl Memory for Nodes {
         };
         let skip = self.cfg.sees_nodes && self.cfg.window == 0 && !wanted && !reads_logits;
         let spare = self.take_spare();
-        let (plan, next) = self.plan_tokens(ops, tokens, skip, spare)?;
+        let alone = tokens.len() == 1;
+        let (plan, next) = self.plan_tokens(ops, tokens, skip, alone, spare)?;
         self.ctx.check_room(&self.store, plan.entries.len())?;
         self.next = Some(next);
         Ok(plan)
@@ -663,6 +605,28 @@ impl Memory for Nodes {
         }
     }
 
+    fn trunk_step(&mut self) -> Option<TrunkStep<'_>> {
+        let next = self.next.as_mut()?;
+        let step = next.step.as_mut()?;
+        Some(TrunkStep {
+            from: &self.state.trunk,
+            to: &mut next.state.trunk,
+            resets: step.resets,
+            decides: self.cfg.decider == Decider::Trained,
+            out: &mut step.out,
+        })
+    }
+
+    fn buffers(&self) -> Vec<&Buffer> {
+        let next = self.next.as_ref();
+        let Some((next, step)) = next.and_then(|next| Some((next, next.step.as_ref()?))) else {
+            return Vec::new();
+        };
+        let states = self.state.trunk.buffers().chain(next.state.trunk.buffers());
+        let anew = step.resets.then(|| self.tensors().start_of_segment());
+        states.chain(anew).collect()
+    }
+
     fn reads_logits(&self) -> bool {
         matches!(self.cfg.decider, Decider::Entropy { .. })
     }
@@ -676,6 +640,9 @@ impl Memory for Nodes {
     ) -> Result<usize> {
         let mut next = self.next.take().expect("commit follows plan");
         let mut n_tokens = plan.n_tokens;
+        if let (Some(step), Some(last)) = (next.step.take(), &mut next.state.last) {
+            (last.p, last.r) = (step.out.p, step.out.r);
+        }
         if let (Decider::Entropy { sigma }, Some(logits), true) =
             (&self.cfg.decider, logits, n_tokens > 0)
         {
@@ -685,7 +652,8 @@ impl Memory for Nodes {
                 // Cells past `taken` were written but do not count: plan the prefix again for its
                 // states; its rows are the same rows.
                 let trunk = next.state.trunk;
-                next = self.plan_tokens(ops, &tokens[..taken], false, trunk)?.1;
+                let planned = self.plan_tokens(ops, &tokens[..taken], false, false, trunk);
+                next = planned?.1;
                 n_tokens = taken;
             }
             next.state.surprisal = state.surprisal;
@@ -791,6 +759,7 @@ impl Memory for Nodes {
             + (s.trunk.active_len() + s.logits.len()) * size_of::<f32>()
             + self.nodes.len() * (size_of::<Node>() + width)
             + self.checkpoints.len() * self.checkpoint_bytes();
+        let states = std::iter::once(s).chain(self.checkpoints.iter().map(|c| &**c));
         let held_raw = (self.store.raw_end() - self.first_seen()) as usize;
         let slots = s.seg_count as f64 * self.tensors().n_slots as f64;
         let mean = s.seg_sum / s.seg_count.max(1) as f64;
@@ -805,6 +774,8 @@ impl Memory for Nodes {
             n_slots: self.nodes.len() * self.tensors().n_slots,
             cell_bytes: self.store.bytes(),
             state_bytes,
+            card_bytes: self.store.card_bytes()
+                + states.map(|s| s.trunk.card_bytes()).sum::<usize>(),
             full_bytes: s.n_tokens * self.ctx.cell_bytes(),
             bound_bytes: self.ctx.page_bound(n_cells + 1 + self.tensors().n_slots, 2)
                 + state_bytes

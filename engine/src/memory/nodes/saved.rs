@@ -101,7 +101,7 @@ impl State {
         self.seg_squares = f64::from_bits(from.u64()?);
         let w = &ctx.weights;
         let n_vocab = w.hparams.n_vocab;
-        self.trunk.restore(from, width, &w.device)?;
+        self.trunk.restore(from, width, &w.layers[0].device)?;
         let token = |n: u32| -> io::Result<Option<u32>> {
             match n {
                 0 => Ok(None),

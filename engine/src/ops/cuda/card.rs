@@ -102,8 +102,8 @@ impl Card {
         })
     }
 
-    /// The pool of pages of `layout`.
-    fn pool(self: &Arc<Card>, layout: &PageLayout) -> Result<Arc<Pool>> {
+    /// The pool of pages of `layout`; a new one has room for `n` of them.
+    pub(super) fn pool(self: &Arc<Card>, layout: &PageLayout, n: usize) -> Result<Arc<Pool>> {
         let mut pools = lock(&self.pools);
         pools.retain(|pool| pool.strong_count() > 0);
         let known = pools.iter().filter_map(Weak::upgrade);
@@ -111,14 +111,14 @@ impl Card {
             return Ok(pool);
         }
         let page_bytes = attend::page_bytes(layout);
-        let n = (POOL_BYTES / page_bytes).max(4);
+        let n = (POOL_BYTES / page_bytes).max(4).max(n);
         let mem = self.dev.alloc(n * page_bytes);
         let pool = Arc::new(Pool {
             card: Arc::clone(self),
             layout: *layout,
             page_bytes,
             pages: Mutex::new(Pages {
-                mem: mem.map_err(|e| self.error("a pool of cells", e))?,
+                mem: mem.map_err(|e| self.error(format!("{n} pages of cells"), e))?,
                 n,
                 free: (0..n as u32).rev().collect(),
             }),
@@ -130,7 +130,7 @@ impl Card {
 
     /// A page of unspecified content.
     pub fn page(self: &Arc<Card>, layout: &PageLayout) -> Result<CardPage> {
-        self.pool(layout)?.page()
+        self.pool(layout, 0)?.page()
     }
 }
 

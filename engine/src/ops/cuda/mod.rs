@@ -1,22 +1,26 @@
 //! The verbs on an NVIDIA card, by the kernels of `mneme_kernels::cuda`.
 //!
 //! Weights, activations, cells and recurrent states live on the card; plans and page tables stay
-//! with the host. Before the layers of a pass run, what its rows have of
-//! their own is sent in one go, so passes of one shape differ in nothing that a launch carries:
-//! short ones are recorded the second time they come and replayed from then on.
+//! with the host. Of a model that is split they are those of the last layers; the others are the
+//! host's, and what comes of them is sent once a pass. Before the layers of a pass run, what its
+//! rows have of their own is sent in one go, so passes of one shape differ in nothing that a launch
+//! carries: short ones are recorded the second time they come and replayed from then on.
 
 mod card;
 mod graphs;
 mod rows;
 
+use card::Pool;
 pub use card::{Card, CardBuffer, CardPage};
 pub use rows::CardRows;
 
 use super::cpu::weight_type;
 use super::{
-    Buffer, Cpu, Device, Fold, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule, Table,
+    Buffer, ConvSeq, Cpu, Device, Fold, Matrix, Ops, Page, Peak, Recurrence, RopeKind, Rows, Rule,
+    Table,
 };
 use crate::error::{Error, Result};
+use crate::gguf::TensorInfo;
 use crate::memory::store::Store;
 use crate::model::{Forward, Pass};
 use card::lock;
@@ -44,6 +48,10 @@ pub struct Cuda {
     device: Device,
     host: Cpu,
     n: usize,
+    /// First layer that runs here.
+    first: usize,
+    /// Pages that are there before any sequence asks for them.
+    _held: Option<Arc<Pool>>,
     arena: Mutex<Arena>,
     graphs: Mutex<Graphs>,
     /// Where rows that go on are gathered.
@@ -69,6 +77,8 @@ impl Cuda {
             device: Device::Cuda(Arc::clone(&card)),
             host,
             n,
+            first: 0,
+            _held: None,
             arena: Mutex::default(),
             graphs: Mutex::default(),
             gathered: Mutex::new(card.buffer(1)?),
@@ -78,6 +88,26 @@ impl Cuda {
             failed: Mutex::default(),
             card,
         })
+    }
+
+    /// The same for a model whose layers before `first` run on the host. `first` is below the number
+    /// of layers.
+    pub fn from_layer(self, first: usize) -> Cuda {
+        Cuda { first, ..self }
+    }
+
+    /// Bytes of the card's memory that nobody uses.
+    pub fn free_bytes(&self) -> Result<u64> {
+        let free = self.card.dev.free_bytes();
+        let error = |e| self.card.error("asking for free memory", e);
+        Ok(free.map_err(error)? as u64)
+    }
+
+    /// Takes memory for `n` pages of cells at once, so that they need not move while a context
+    /// grows to that.
+    pub fn hold_pages(self, layout: &PageLayout, n: usize) -> Result<Cuda> {
+        let _held = Some(self.card.pool(layout, n)?);
+        Ok(Cuda { _held, ..self })
     }
 
     /// Keeps the first error until [`Cuda::check`].
@@ -99,42 +129,58 @@ impl Cuda {
 
     fn try_fold(&self, step: Fold<'_>) -> Done {
         let dev = &self.card.dev;
-        let (n, c) = (step.beta.len() / step.n_head, step.n_head * step.head_dim);
+        let (n_head, c) = (step.n_head, step.n_head * step.head_dim);
+        let n = step.beta.len() / n_head;
         let mut place = lock(&self.resets);
-        let resets = match step.resets {
-            [] => None,
-            resets => {
-                let mut flags = vec![0; n];
-                resets.iter().for_each(|&token| flags[token] = 1);
+        let resets = match step.seqs.iter().any(|seq| !seq.resets.is_empty()) {
+            false => None,
+            true => {
+                let (mut flags, mut row) = (vec![0; n], 0);
+                for seq in &step.seqs {
+                    seq.resets.iter().for_each(|token| flags[row + token] = 1);
+                    row += seq.n;
+                }
                 let place = room(dev, &mut place, n)?;
                 dev.write(place.slice_mut(0..n), &flags)?;
                 Some(place.slice(0..n))
             }
         };
-        let next = step.next.card_mut();
-        dev.copy(step.state.card().view(), next.view_mut())?;
         let qkv = step.qkv.card().view();
-        let numbers = |i: usize| qkv.slice(i * c..qkv.len() - (2 - i) * c);
-        let seq = recur::Recur {
-            rule: Rule::GatedDelta,
-            n_tokens: n,
-            n_head: step.n_head,
-            n_head_k: step.n_head,
-            head_dim_k: step.head_dim,
-            head_dim_v: step.head_dim,
-            q: numbers(0),
-            k: numbers(1),
-            v: numbers(2),
-            q_stride: 3 * c,
-            k_stride: 3 * c,
-            v_stride: 3 * c,
-            g: Some(step.g.card().view()),
-            beta: step.beta.card().view(),
-            resets,
-            state: next.view_mut(),
-            out: step.out.card_mut().view_mut(),
-        };
-        recur::recur(dev, Form::Recurrent, &mut [seq])
+        let (beta, g) = (step.beta.card().view(), step.g.card().view());
+        let (mut out, mut row) = (step.out.card_mut().view_mut(), 0);
+        let mut seqs = Vec::with_capacity(step.seqs.len());
+        for seq in step.seqs {
+            let rows = row..row + seq.n;
+            row = rows.end;
+            let (mine, rest) = out.split_at_mut(seq.n * c);
+            out = rest;
+            // A third of its rows: from its first number to its last.
+            let numbers = |i: usize| match seq.n {
+                0 => qkv.slice(0..0),
+                _ => qkv.slice((3 * rows.start + i) * c..(3 * rows.end - 2 + i) * c),
+            };
+            seqs.push(recur::Recur {
+                rule: Rule::GatedDelta,
+                n_tokens: seq.n,
+                n_head,
+                n_head_k: n_head,
+                head_dim_k: step.head_dim,
+                head_dim_v: step.head_dim,
+                q: numbers(0),
+                k: numbers(1),
+                v: numbers(2),
+                q_stride: 3 * c,
+                k_stride: 3 * c,
+                v_stride: 3 * c,
+                g: Some(g.slice(rows.start * n_head..rows.end * n_head)),
+                beta: beta.slice(rows.start * n_head..rows.end * n_head),
+                resets: resets.map(|flags| flags.slice(rows.clone())),
+                from: Some(seq.state.card().view()),
+                state: seq.next.card_mut().view_mut(),
+                out: mine,
+            });
+        }
+        recur::recur(dev, Form::Recurrent, &mut seqs)
     }
 
     /// What a recording of `pass` would hold beside the rows; `None` when it is not worth one.
@@ -146,6 +192,8 @@ impl Cuda {
         let mut key = vec![
             rows.n() as u64,
             rows.out.len() as u64,
+            rows.steps.len() as u64,
+            rows.node_slots.len() as u64,
             at.max_cells as u64,
             at.max_ranked as u64,
         ];
@@ -155,7 +203,9 @@ impl Cuda {
                 part.recalls.end - part.recalls.start,
             ]);
         }
-        key.extend(pass.buffers().iter().map(|buffer| buffer.card().id));
+        // What lies on the host belongs to layers that run there, or to the compressor with them.
+        let here = pass.buffers().into_iter().filter(|b| !b.is_host());
+        key.extend(here.map(|buffer| buffer.card().id));
         Some(key)
     }
 }
@@ -170,6 +220,13 @@ fn room<'a>(
         *place = Some(dev.alloc(n.next_power_of_two())?);
     }
     Ok(place.as_mut().expect("made above"))
+}
+
+/// Bytes that a weight matrix takes on a card.
+pub fn card_bytes(tensor: &TensorInfo) -> u64 {
+    // What has no kernel there is held in F16.
+    let ty = weight_type(tensor.ty).unwrap_or(WeightType::F16);
+    Packed::bytes_of(ty, tensor.n_rows(), tensor.n_cols())
 }
 
 /// Row-major GGUF bytes of `table` in a type the kernels have, in F16 where they have not.
@@ -192,7 +249,12 @@ fn bytes_of(table: &Table) -> (WeightType, std::borrow::Cow<'_, [u8]>) {
 
 impl Ops for Cuda {
     fn name(&self) -> String {
-        format!("cuda:{} {}", self.n, self.card.dev.name())
+        let mut name = format!("cuda:{} {}", self.n, self.card.dev.name());
+        if self.first > 0 {
+            let host = self.host.name();
+            name += &format!(" from layer {} on, before it {host}", self.first);
+        }
+        name
     }
 
     fn peak(&self) -> Result<Peak> {
@@ -216,14 +278,18 @@ impl Ops for Cuda {
         &self.host
     }
 
+    fn first_layer(&self) -> usize {
+        self.first
+    }
+
     fn check_room(&self, n_bytes: u64) -> Result<()> {
-        let free = self.card.dev.free_bytes();
-        let free = free.map_err(|e| self.card.error("asking for free memory", e))? as u64;
+        let free = self.free_bytes()?;
         if n_bytes <= free {
             return Ok(());
         }
         Err(Error::DeviceFull {
             device: self.name(),
+            what: "the weights".into(),
             needed: n_bytes,
             free,
         })
@@ -242,7 +308,7 @@ impl Ops for Cuda {
     }
 
     fn begin(&self, rows: &mut Rows, stores: &[&Store]) -> Result<()> {
-        let at = lock(&self.arena).send(&self.card, rows, stores)?;
+        let at = lock(&self.arena).send(&self.card, rows, stores, self.first)?;
         rows.set_card(at);
         Ok(())
     }
@@ -251,13 +317,13 @@ impl Ops for Cuda {
         // What failed while the pass was planned.
         self.check()?;
         let Some(key) = self.key(pass) else {
-            forward(pass);
+            pass.run_here(forward);
             return self.check();
         };
         let mut graphs = lock(&self.graphs);
         let launched = match graphs.find(&key, self.card.epoch()) {
             None => {
-                forward(pass);
+                pass.run_here(forward);
                 graphs.insert(key, Known::Seen);
                 self.failure()
             }
@@ -267,7 +333,7 @@ impl Ops for Cuda {
             }
             Some(Known::Seen) => {
                 let graph = self.card.dev.capture(|| {
-                    forward(pass);
+                    pass.run_here(forward);
                     self.failure()
                 });
                 graph.and_then(|graph| {
@@ -375,6 +441,22 @@ impl Ops for Cuda {
             self.keep(copied);
         }
         x.set_len(n);
+    }
+
+    fn take_rows(&self, x: &Buffer, width: usize, rows: &Rows, out: &mut Buffer) {
+        let arena = lock(&self.arena);
+        let (x, steps) = (x.card().view(), arena.steps(rows.on_card()));
+        let out = out.card_mut().view_mut();
+        let dev = &self.card.dev;
+        self.keep(cuda::get_rows::copy_rows(dev, x, width, steps, out));
+    }
+
+    fn put_rows(&self, from: &Buffer, width: usize, rows: &Rows, x: &mut Buffer) {
+        let arena = lock(&self.arena);
+        let (from, slots) = (from.card().view(), arena.node_slots(rows.on_card()));
+        let x = x.card_mut().view_mut();
+        let dev = &self.card.dev;
+        self.keep(cuda::get_rows::put_rows(dev, from, width, slots, x));
     }
 
     fn best(
@@ -522,49 +604,47 @@ impl Ops for Cuda {
     fn recur(&self, step: Recurrence<'_>) {
         let dev = &self.card.dev;
         let width = step.n_head * step.head_dim;
-        let next = step.next.card_mut();
         let q = step.q.card().view();
-        let copied = dev.copy(step.state.card().view(), next.view_mut());
-        self.keep(copied.and_then(|()| {
-            let seq = recur::Recur {
-                rule: step.rule,
-                n_tokens: step.rows.len(),
-                n_head: step.n_head,
-                n_head_k: step.n_head_kv,
-                head_dim_k: step.head_dim,
-                head_dim_v: step.head_dim,
-                q: q.slice(step.rows.start * width..step.rows.end * width),
-                k: step.k.card().view(),
-                v: step.v.card().view(),
-                g: (step.rule != Rule::Delta).then(|| step.g.card().view()),
-                beta: step.beta.card().view(),
-                resets: None,
-                state: next.view_mut(),
-                out: step.out.card_mut().view_mut(),
-                q_stride: 0,
-                k_stride: 0,
-                v_stride: 0,
-            };
-            recur::recur(dev, Form::Auto, &mut [seq])
-        }));
+        let seq = recur::Recur {
+            rule: step.rule,
+            n_tokens: step.rows.len(),
+            n_head: step.n_head,
+            n_head_k: step.n_head_kv,
+            head_dim_k: step.head_dim,
+            head_dim_v: step.head_dim,
+            q: q.slice(step.rows.start * width..step.rows.end * width),
+            k: step.k.card().view(),
+            v: step.v.card().view(),
+            g: (step.rule != Rule::Delta).then(|| step.g.card().view()),
+            beta: step.beta.card().view(),
+            resets: None,
+            from: Some(step.state.card().view()),
+            state: step.next.card_mut().view_mut(),
+            out: step.out.card_mut().view_mut(),
+            q_stride: 0,
+            k_stride: 0,
+            v_stride: 0,
+        };
+        self.keep(recur::recur(dev, Form::Auto, &mut [seq]));
     }
 
     fn fold(&self, step: Fold<'_>) {
         self.keep(self.try_fold(step));
     }
 
-    fn conv_silu(
-        &self,
-        x: &Buffer,
-        taps: &Buffer,
-        past: &Buffer,
-        next: &mut Buffer,
-        out: &mut Buffer,
-    ) {
-        let (x, taps, past) = (x.card().view(), taps.card().view(), past.card().view());
-        let (next, out) = (next.card_mut().view_mut(), out.card_mut().view_mut());
-        let dev = &self.card.dev;
-        self.keep(gates::conv_silu(dev, x, taps, past, next, out));
+    fn conv_silu(&self, x: &Buffer, taps: &Buffer, seqs: Vec<ConvSeq<'_>>, out: &mut Buffer) {
+        let (x, taps, out) = (
+            x.card().view(),
+            taps.card().view(),
+            out.card_mut().view_mut(),
+        );
+        let seqs = seqs.into_iter().map(|seq| gates::Conv {
+            n: seq.n,
+            past: seq.past.card().view(),
+            next: seq.next.card_mut().view_mut(),
+        });
+        let mut seqs: Vec<_> = seqs.collect();
+        self.keep(gates::conv_silu(&self.card.dev, x, taps, &mut seqs, out));
     }
 
     fn gate_heads(&self, x: &mut Buffer, gate: &Buffer, head_dim: usize) {

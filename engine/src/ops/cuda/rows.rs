@@ -26,7 +26,11 @@ pub(super) struct Arena {
 pub struct CardRows {
     n: usize,
     n_parts: usize,
+    /// First layer on the card: those before it have nothing here.
+    first: usize,
     out: Range<usize>,
+    steps: Range<usize>,
+    node_slots: Range<usize>,
     /// Slots of each layer's cells `[n_layer, n]` and, behind `gates`, of their gates.
     slots: usize,
     gates: usize,
@@ -64,9 +68,15 @@ fn slot(place: Option<(&Page, usize)>, pool: &mut Option<Arc<Pool>>) -> u32 {
 }
 
 impl Arena {
-    /// Sends what `rows` have, given where their sequences' pages lie.
-    pub(super) fn send(&mut self, card: &Card, rows: &Rows, stores: &[&Store]) -> Result<CardRows> {
-        let n_layer = stores.first().map_or(0, |store| store.n_layer());
+    /// Sends what `rows` have in the layers from `first` on, given where their sequences' pages lie.
+    pub(super) fn send(
+        &mut self,
+        card: &Card,
+        rows: &Rows,
+        stores: &[&Store],
+        first: usize,
+    ) -> Result<CardRows> {
+        let layers = first..stores.first().map_or(first, |store| store.n_layer());
         let n = rows.n();
         let (mut pool, mut gate_pool) = (None, None);
         let mut words: Vec<u32> = rows.pos.clone();
@@ -75,6 +85,10 @@ impl Arena {
         }
         let out = words.len()..words.len() + rows.out.len();
         words.extend(rows.out.iter().map(|&row| row as u32));
+        let steps = words.len()..words.len() + rows.steps.len();
+        words.extend(rows.steps.iter().map(|&row| row as u32));
+        let node_slots = words.len()..words.len() + rows.node_slots.len();
+        words.extend(rows.node_slots.iter().map(|&row| row as u32));
 
         let slots = words.len();
         let cells = |layer: usize, region: Region, words: &mut Vec<u32>, pool: &mut _| {
@@ -83,13 +97,13 @@ impl Arena {
                 words.extend(part.cells.iter().map(place));
             }
         };
-        for layer in 0..n_layer {
+        for layer in layers.clone() {
             cells(layer, Region::Cells, &mut words, &mut pool);
         }
         let gates = words.len();
         let has_gates = stores.iter().any(|store| store.gates_layout().is_some());
         if has_gates {
-            for layer in 0..n_layer {
+            for layer in layers.clone() {
                 cells(layer, Region::Gates, &mut words, &mut gate_pool);
             }
         }
@@ -100,11 +114,11 @@ impl Arena {
             }
         };
         let recalls = words.len();
-        for layer in 0..n_layer {
+        for layer in layers.clone() {
             recall(layer, Region::Cells, &mut words, &mut pool);
         }
         let recall_gates = words.len();
-        for layer in 0..n_layer {
+        for layer in layers.clone() {
             recall(layer, Region::Gates, &mut words, &mut gate_pool);
         }
         let mut n_recalls = 0;
@@ -115,9 +129,9 @@ impl Arena {
         let recalls_at = recalls_at.collect();
 
         let pages = words.len();
-        let mut tables = Vec::with_capacity(n_layer * stores.len());
+        let mut tables = Vec::with_capacity(layers.len() * stores.len());
         let (mut max_cells, mut max_ranked) = (0, 0);
-        for layer in 0..n_layer {
+        for layer in layers.clone() {
             for (part, store) in rows.parts.iter().zip(stores) {
                 let (kept, raw, raw_base) = store.pages(layer);
                 let first_kept = words.len() - pages;
@@ -146,8 +160,8 @@ impl Arena {
         rows.parts
             .iter()
             .for_each(|part| seen.extend(&part.visible));
-        let mut visible = Vec::with_capacity(n_layer);
-        for layer in 0..n_layer {
+        let mut visible = Vec::with_capacity(layers.len());
+        for layer in layers {
             let full = |part: &crate::ops::Part| part.full_layers.get(layer) == Some(&true);
             if rows.parts.iter().any(full) {
                 visible.push(seen.len());
@@ -170,7 +184,10 @@ impl Arena {
         Ok(CardRows {
             n,
             n_parts: stores.len(),
+            first,
             out,
+            steps,
+            node_slots,
             slots,
             gates,
             recalls,
@@ -205,9 +222,17 @@ impl Arena {
         self.words().slice(at.out.clone())
     }
 
+    pub(super) fn steps(&self, at: &CardRows) -> cuda::View<'_, u32> {
+        self.words().slice(at.steps.clone())
+    }
+
+    pub(super) fn node_slots(&self, at: &CardRows) -> cuda::View<'_, u32> {
+        self.words().slice(at.node_slots.clone())
+    }
+
     /// Cells of the rows of one layer.
     pub(super) fn slots(&self, at: &CardRows, layer: usize) -> cuda::View<'_, u32> {
-        let first = at.slots + layer * at.n;
+        let first = at.slots + (layer - at.first) * at.n;
         self.words().slice(first..first + at.n)
     }
 
@@ -218,7 +243,7 @@ impl Arena {
         layer: usize,
         rows: Range<usize>,
     ) -> cuda::View<'_, u32> {
-        let first = at.gates + layer * at.n;
+        let first = at.gates + (layer - at.first) * at.n;
         self.words().slice(first + rows.start..first + rows.end)
     }
 
@@ -230,7 +255,7 @@ impl Arena {
         part: usize,
         n: usize,
     ) -> (cuda::View<'_, u32>, cuda::View<'_, u32>) {
-        let first = layer * at.n_recalls + at.recalls_at[part];
+        let first = (layer - at.first) * at.n_recalls + at.recalls_at[part];
         let of = |start: usize| self.words().slice(start + first..start + first + n);
         (of(at.recalls), of(at.recall_gates))
     }
@@ -241,12 +266,14 @@ impl Arena {
 
     pub(super) fn visible(&self, at: &CardRows, layer: usize) -> cuda::View<'_, Visible> {
         let seen = self.visible.as_ref().expect("a pass has begun");
-        seen.slice(at.visible[layer]..at.visible[layer] + at.n)
+        let first = at.visible[layer - at.first];
+        seen.slice(first..first + at.n)
     }
 
     pub(super) fn tables(&self, at: &CardRows, layer: usize) -> cuda::View<'_, Table> {
         let tables = self.tables.as_ref().expect("a pass has begun");
-        tables.slice(layer * at.n_parts..(layer + 1) * at.n_parts)
+        let first = (layer - at.first) * at.n_parts;
+        tables.slice(first..first + at.n_parts)
     }
 }
 

@@ -84,6 +84,13 @@ impl Kind {
         }
     }
 
+    /// Bytes of a panel of `n_chunks` chunks.
+    pub(super) fn panel_bytes(self, n_chunks: u64) -> u64 {
+        let (together, chunk_bytes, header) = self.layout();
+        let (together, each) = (together as u64, (together * chunk_bytes + header) as u64);
+        n_chunks / together * each
+    }
+
     /// Chunks that share a header, bytes of a chunk, bytes of the header.
     fn layout(self) -> (usize, usize, usize) {
         match self {
@@ -104,9 +111,8 @@ pub(super) fn pack(
     n_cols: usize,
     bytes: &[u8],
 ) -> (Vec<u8>, Vec<f32>) {
-    let (together, chunk_bytes, header) = Kind::of(ty).layout();
     let n_chunks = n_cols.div_ceil(CHUNK);
-    let panel_bytes = n_chunks / together * (together * chunk_bytes + header);
+    let panel_bytes = Kind::of(ty).panel_bytes(n_chunks as u64) as usize;
     let n_panels = n_rows.div_ceil(PANEL);
     let mut packed = vec![0u8; n_panels * panel_bytes];
     let mut row_scale = vec![1f32; n_rows];
