@@ -1,6 +1,7 @@
 //! Flags that several commands share. Where llama.cpp has a flag of the same meaning, ours is
 //! spelled the same, its several-letter short forms (`-ctk`, `-hf`) included.
 
+use crate::bytes::human_bytes;
 use crate::device::DeviceArgs;
 use crate::progress::{Progress, Unit};
 use anyhow::{Context, Result, bail};
@@ -583,21 +584,6 @@ fn total_memory() -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// `1.5 GiB`.
-pub fn human_bytes(n: f64) -> String {
-    const UNITS: &[&str] = &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    let mut n = n;
-    let mut unit = 0;
-    while n >= 1024.0 && unit + 1 < UNITS.len() {
-        n /= 1024.0;
-        unit += 1;
-    }
-    match unit {
-        0 => format!("{n:.0} B"),
-        _ => format!("{n:.1} {}", UNITS[unit]),
-    }
-}
-
 /// A K/V type by name.
 pub fn parse_kv(text: &str) -> Result<KvType, String> {
     kv_type(text).ok_or_else(|| {
@@ -685,13 +671,6 @@ mod tests {
     fn escapes_are_written_out() {
         assert_eq!(unescape(r#"a\nb\t\"\\n\x41é\q\"#), "a\nb\t\"\\nAé\\q\\");
         assert_eq!(unescape(r"\xZZ\xff\x4"), r"\xZZ\xff\x4");
-    }
-
-    #[test]
-    fn bytes_are_readable() {
-        assert_eq!(human_bytes(17.0), "17 B");
-        assert_eq!(human_bytes(1536.0), "1.5 KiB");
-        assert_eq!(human_bytes(3.0 * (1u64 << 40) as f64), "3.0 TiB");
     }
 
     #[test]

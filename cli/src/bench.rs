@@ -1,7 +1,8 @@
 //! `mneme bench`: tokens per second at depths of context, for each memory, beside what the
 //! machine could do at most.
 
-use crate::args::{CellArgs, ModelArgs, human_bytes, parse_positive};
+use crate::args::{CellArgs, ModelArgs, parse_positive};
+use crate::bytes::human_bytes;
 use crate::interrupt;
 use crate::plots::{Line, Plot};
 use crate::progress::{Progress, Unit};

@@ -4,7 +4,8 @@
 //! When a template changes what came before (some leave out old reasoning), the sequence goes back
 //! to where the texts part.
 
-use crate::args::{GrammarArgs, MemoryArgs, ModelArgs, SamplingArgs, human_bytes, parse_positive};
+use crate::args::{GrammarArgs, MemoryArgs, ModelArgs, SamplingArgs, parse_positive};
+use crate::bytes::human_bytes;
 use crate::generate::{Limits, Speaker, Stop};
 use crate::interrupt::{self, Interrupted};
 use crate::saved::{Saved, Turn};

@@ -1,6 +1,6 @@
 //! `mneme convert`: a Hugging Face folder becomes a GGUF file.
 
-use crate::args::human_bytes;
+use crate::bytes::human_bytes;
 use crate::interrupt::{self, Interrupted};
 use crate::progress::{Progress, Unit};
 use anyhow::{Context, Result, bail};

@@ -3,7 +3,8 @@
 //! The document is generated from a seed, so that nothing large is shipped; facts stand all over
 //! it. The model is the small one under `models/`.
 
-use crate::args::{ModelArgs, human_bytes};
+use crate::args::ModelArgs;
+use crate::bytes::human_bytes;
 use crate::device::DeviceArgs;
 use crate::eval::arm::{Opened, Outcome, Rig};
 use crate::eval::prompt::{Form, Style};

@@ -1,6 +1,6 @@
 //! `--device` and `-ngl`: what runs the model.
 
-use crate::args::human_bytes;
+use crate::bytes::human_bytes;
 use anyhow::{Result, anyhow};
 use mneme_engine::Error;
 use mneme_engine::ops::{self, Bytes, Contexts, DeviceChoice, Layers, Ops, Request, Split};

@@ -1,6 +1,7 @@
 //! `mneme inspect`: what a GGUF file holds, and the memory it will take.
 
-use crate::args::{CellArgs, MemoryArgs, ModelArgs, human_bytes, parse_kv, parse_positive};
+use crate::args::{CellArgs, MemoryArgs, ModelArgs, parse_kv, parse_positive};
+use crate::bytes::human_bytes;
 use crate::device::DeviceArgs;
 use crate::segments;
 use anyhow::{Result, bail};

@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod bytes;
 mod chat;
 mod convert;
 mod demo;

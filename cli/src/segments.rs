@@ -3,7 +3,8 @@
 //! The page needs nothing but itself: the text coloured by segment, the boundary probability under
 //! every token, the nodes with their spans and bytes, and the rate over the text.
 
-use crate::args::{MemoryArgs, ModelArgs, human_bytes};
+use crate::args::{MemoryArgs, ModelArgs};
+use crate::bytes::human_bytes;
 use crate::interrupt;
 use crate::plots::{Line, Plot, escape, page};
 use crate::progress::{Progress, Unit};

@@ -1,7 +1,7 @@
 //! Sequences: what is read and remembered of one text, in memory and in session files.
 
-use crate::engine::Model;
 use crate::error::{Error, Result};
+use crate::load::Model;
 use crate::memory::spec::MemorySpec;
 use crate::memory::{self, Context, Memory, NodeInfo, Pieces, Stats};
 use crate::ops::Ops;

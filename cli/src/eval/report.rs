@@ -4,7 +4,7 @@ use super::arm::{Held, Outcome, PLACES, Place};
 use super::boundary::Tally;
 use super::plot::{self, Axes, Line, Point};
 use super::score::{Mean, Score, mean};
-use crate::args::human_bytes as bytes;
+use crate::bytes::human_bytes as bytes;
 use serde::Serialize;
 use std::fmt::Write;
 
