@@ -260,8 +260,17 @@ impl Engine {
         };
         // The likeliest tokens alone are little to bring home: rows come where someone reads them.
         let computed = match (0..feeds.len()).any(|i| is_whole(i) && !answers[i].is_empty()) {
-            true => computed.read_with(&mut self.logits)?,
-            false => &[],
+            true => computed.read_with(&mut self.logits),
+            false => Ok(&[][..]),
+        };
+        let computed = match computed {
+            Ok(computed) => computed,
+            Err(e) => {
+                for feed in feeds {
+                    feed.seq.memory.store_mut().unreserve();
+                }
+                return Err(e.into());
+            }
         };
         let mut failed = None;
         for (i, (feed, plan)) in feeds.iter_mut().zip(&plans).enumerate() {
