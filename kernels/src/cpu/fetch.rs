@@ -51,11 +51,11 @@ pub(crate) fn fetch_scales(
     unsafe { _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(at).cast()) }
 }
 
-/// [`fetch`] and [`fetch_scales`] for half `half` of `blocks` of a panel: whole panels are asked for in
-/// order, what is at their ends included. A core has a few dozen requests on their way at once, so
-/// that asking for much at a time waits.
+/// Asks for what is some way behind half `half` of `blocks` of a panel: whole panels are asked for in
+/// order, what is at their ends included, and behind a panel the one `skip` bytes further on. A core
+/// has a few dozen requests on their way at once, so that asking for much at a time waits.
 #[inline(always)]
-pub(crate) fn fetch_blocks(p: &Panel<'_>, blocks: Range<usize>, half: usize) {
+pub(crate) fn fetch_blocks(p: &Panel<'_>, blocks: Range<usize>, half: usize, skip: usize) {
     let n = p.n_cols / p.ty.block_len();
     let bytes = panel_bytes(p.ty, p.n_cols).unwrap_or(0);
     let first = bytes * blocks.start / n / VECTOR;
@@ -66,14 +66,27 @@ pub(crate) fn fetch_blocks(p: &Panel<'_>, blocks: Range<usize>, half: usize) {
     } else {
         middle..end
     };
-    fetch(p.bytes.wrapping_add(lines.start * VECTOR), lines.len());
+    let roomy = roomy_l1();
+    for line in lines {
+        let at = line * VECTOR + if roomy { AHEAD_L1 } else { AHEAD_L2 };
+        let at = if at < bytes { at } else { at + skip };
+        let at = p.bytes.wrapping_add(at).cast();
+        // SAFETY: as above.
+        unsafe {
+            if roomy {
+                _mm_prefetch::<_MM_HINT_T0>(at);
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(at);
+            }
+        }
+    }
     if half == 0 {
         return;
     }
     if scales_offset(p.ty, p.n_cols) > 0 && scales_step(p.ty) == 2 * ROWS {
         let ahead = if p.ty.block_len() == 32 { 16 } else { 3 };
         for b in blocks.step_by(VECTOR / (2 * ROWS)) {
-            fetch_scales(p.scales(), b, ahead, n, bytes);
+            fetch_scales(p.scales(), b, ahead, n, bytes + skip);
         }
     }
 }

@@ -171,15 +171,11 @@ pub(crate) unsafe fn by_chunks<const TOKENS: usize>(
     for b in (0..n_blocks).step_by(some) {
         let blocks = b..(b + some).min(n_blocks);
         #[cfg(target_arch = "x86_64")]
-        if p.tokens.len() == 1 {
-            crate::cpu::fetch::fetch_blocks(p, blocks.clone(), 0);
-        }
+        crate::cpu::fetch::fetch_blocks(p, blocks.clone(), 0, 0);
         // SAFETY: the panel has these blocks.
         unsafe { unpack(p, blocks.clone(), unpacked, look_up, halves) };
         #[cfg(target_arch = "x86_64")]
-        if p.tokens.len() == 1 {
-            crate::cpu::fetch::fetch_blocks(p, blocks.clone(), 1);
-        }
+        crate::cpu::fetch::fetch_blocks(p, blocks.clone(), 1, 0);
         let mut t = p.tokens.start;
         while t < p.tokens.end {
             let in_group = t % GROUP;

@@ -11,10 +11,11 @@ use super::mul_mat::{
 };
 use super::mul_mat_2_bit;
 use super::mul_mat_32::{self, add_minimum};
+use crate::cpu::fetch::fetch_blocks;
 use crate::cpu::mul_mat::{Panel, Scratch, Unpacked};
 use crate::mul_mat::activations::{GROUP, Group, Quants};
 use crate::mul_mat::layout::{
-    IQ4_XS_BLOCK, Q4_K_BLOCK, Q5_K_BLOCK, Q6_K_BLOCK, ROWS, VECTOR, scales_step,
+    IQ4_XS_BLOCK, Q4_K_BLOCK, Q5_K_BLOCK, Q6_K_BLOCK, ROWS, VECTOR, panel_bytes, scales_step,
 };
 use crate::quant::WeightType;
 use std::arch::x86_64::*;
@@ -39,12 +40,20 @@ pub(super) unsafe fn tile<const P: usize>(
     acc.fill([[0.0; ROWS]; P]);
     let block_len = p.ty.block_len();
     let n_blocks = p.n_cols / block_len;
+    let skip = (P - 1) * panel_bytes(p.ty, p.n_cols).unwrap_or(0);
     // SAFETY: blocks and tokens stay within the panels and their groups.
     unsafe {
         for b in (0..n_blocks).step_by(256 / block_len) {
             let blocks = b..(b + 256 / block_len).min(n_blocks);
+            // With few tokens a panel is through before memory has thought of the next.
+            for p in panels {
+                fetch_blocks(p, blocks.clone(), 0, skip);
+            }
             for (p, unpacked) in panels.iter().zip(unpacked.iter_mut()) {
                 unpack(p, blocks.clone(), unpacked);
+            }
+            for p in panels {
+                fetch_blocks(p, blocks.clone(), 1, skip);
             }
             let mut t = p.tokens.start;
             while t < p.tokens.end {
