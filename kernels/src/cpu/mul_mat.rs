@@ -135,6 +135,9 @@ pub(crate) type LookUp = unsafe fn(&mut [[u8; VECTOR]]);
 pub(crate) type Halves = unsafe fn(&[[u8; 2]; ROWS], &mut [f32; ROWS]);
 
 /// [`Halves`] of instruction sets without a form of their own.
+///
+/// # Safety
+/// None to keep: it is one of a kind that others must not call everywhere.
 #[cfg(target_arch = "aarch64")]
 pub(crate) unsafe fn halves(bytes: &[[u8; 2]; ROWS], out: &mut [f32; ROWS]) {
     for r in 0..ROWS {

@@ -77,6 +77,10 @@ unsafe fn look_up(words: &mut [[u8; VECTOR]]) {
     }
 }
 
+/// A register tile (see `cpu::mul_mat::Tile`).
+///
+/// # Safety
+/// The instruction set is available; `by_chunks` calls it, with its promises.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile<const VNNI: bool>(
     ty: WeightType,
@@ -96,6 +100,9 @@ unsafe fn tile<const VNNI: bool>(
 
 /// The last number is how many words' pairs of products fit into 16 bits together: two products of
 /// an activation of 127 and the type's largest quant each.
+///
+/// # Safety
+/// As [`tile`]; `acc` are the sums of `T` tokens of the group.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile_n<const T: usize, const VNNI: bool>(
@@ -328,6 +335,10 @@ unsafe fn add_minimum(acc: &mut [f32; ROWS], half: usize, m: &[f32; ROWS], dsum:
     }
 }
 
+/// Adds `blocks` of 32 columns for `T` tokens.
+///
+/// # Safety
+/// The instruction set must be there; the blocks must be of panel and tokens.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn dot32<const T: usize, const VNNI: bool, const WORDS: u8, const RUN: usize>(

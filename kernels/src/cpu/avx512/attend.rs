@@ -212,6 +212,10 @@ unsafe fn score_rows<const R: usize, const TY: u8>(
     }
 }
 
+/// [`scores`] of Q8_0 keys.
+///
+/// # Safety
+/// As [`PageKernels::scores`]; the keys are of that type.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn scores_q8_0(tile: &mut Tile, keys: *const u8, seen: u64) {
     let n_blocks = tile.dim_k.div_ceil(BLOCK);
@@ -237,6 +241,9 @@ unsafe fn scores_q8_0(tile: &mut Tile, keys: *const u8, seen: u64) {
 }
 
 /// `s[r][c] = step[r] sum_b scale[b][c] sum_(i in b) q[r][i] keys[i][c]` for `R` rows, 32 cells.
+///
+/// # Safety
+/// `q`, `bias` and `step` are of `R` rows of a group, `keys` half a page, `s` rows of `PAGE_CELLS`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn score_rows_q8_0<const R: usize>(
     q: &[i32],
@@ -599,6 +606,10 @@ pub(crate) unsafe fn integer_weights<const BYTES: bool>(
     }
 }
 
+/// [`weigh`] of Q8_0 values.
+///
+/// # Safety
+/// As [`PageKernels::weigh`]; the values are of that type.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn weigh_q8_0(tile: &mut Tile, values: *const u8, seen_cells: u64) {
     let (n_rows, dim) = (tile.n_rows, tile.dim_v);
@@ -663,6 +674,9 @@ const fn word_at(group: usize) -> usize {
 }
 
 /// [`weigh_rows`] with integer weights, 32 dimensions wide.
+///
+/// # Safety
+/// `rows` has `R` rows, `values` is a block of 64 cells.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen: u64) {
     let mut sum = [[_mm512_setzero_si512(); 2]; R];

@@ -74,6 +74,9 @@ pub(super) unsafe fn tile<const P: usize>(
 }
 
 /// Writes the panels' rows of all tokens. Each lands on lines of its own: ask for them ahead.
+///
+/// # Safety
+/// The instruction set is available; `acc` has the panels' tokens, whose rows nobody else writes.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn store_all<const P: usize>(panels: &[Panel<'_>; P], acc: &[[[f32; ROWS]; P]]) {
