@@ -11,6 +11,7 @@
 
 pub(crate) mod chunk;
 mod numbers;
+pub(crate) mod strips;
 
 use crate::cpu;
 use crate::dispatch::{self, Isa};
@@ -99,6 +100,11 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
         Form::Chunked => true,
         Form::Auto => n_tokens >= kernels.chunked_from,
     };
+    let together = |n_tokens: usize| match kernels.chunked {
+        Chunked::Heads(_, most) if chunked(n_tokens) => most,
+        _ if n_tokens >= GATHER_FROM => GATHER_HEADS,
+        _ => 1,
+    };
     let all: usize = seqs.iter().map(|seq| seq.n_head).sum();
     let mut heads = Vec::new();
     let inputs: Vec<(Stored<'_>, SplitMut<'_, f32>, SplitMut<'_, f32>)> = seqs
@@ -107,12 +113,9 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
         .map(|(i, seq)| {
             check(seq);
             // Together, but with some pieces for every thread.
-            let together = match kernels.chunked {
-                Chunked::Heads(_, most) if chunked(seq.n_tokens) => {
-                    most.min(all / (2 * pool.n_threads())).max(1)
-                }
-                _ => 1,
-            };
+            let together = together(seq.n_tokens)
+                .min(all / (2 * pool.n_threads()))
+                .max(1);
             for first in (0..seq.n_head).step_by(together) {
                 heads.push((i, first..seq.n_head.min(first + together)));
             }
@@ -151,21 +154,36 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
                     }
                 }
             };
-            match stored.as_f32() {
-                Some(x) => run(&x, heads.clone(), state, out),
-                None => {
-                    for start in (0..stored.n_tokens).step_by(PIECE) {
-                        let tokens = start..stored.n_tokens.min(start + PIECE);
-                        Widened::with(stored, heads.clone(), tokens, |x| {
-                            let out = out.wrapping_add(start * x.out_stride);
-                            run(x, 0..x.n_head, state, out);
-                        });
-                    }
+            let pages = matches!(kernels.chunked, Chunked::Heads(..)) && chunked(stored.n_tokens);
+            let gathered = !pages && stored.n_tokens >= GATHER_FROM;
+            if let Some(x) = stored.as_f32().filter(|_| !gathered) {
+                run(&x, heads.clone(), state, out);
+                continue;
+            }
+            for start in (0..stored.n_tokens).step_by(PIECE) {
+                let tokens = start..stored.n_tokens.min(start + PIECE);
+                let out = out.wrapping_add(start * stored.n_head * stored.head_dim_v);
+                let together = if gathered { 1 } else { heads.len() };
+                for first in (0..heads.len()).step_by(together) {
+                    let some = heads.start + first..heads.start + first + together;
+                    Widened::with(stored, some, tokens.clone(), |x| {
+                        let state = &mut state[first * len..][..together * len];
+                        let out = out.wrapping_add(first * stored.head_dim_v);
+                        run(x, 0..together, state, out);
+                    });
                 }
             }
         }
     });
 }
+
+/// Tokens from which on the recurrent form takes [`GATHER_HEADS`] heads through a piece of the tokens
+/// before the next piece, and each from a copy of its rows: where they lie, a page apart, translating
+/// their addresses for every head anew costs as much as the arithmetic, and they all share a few sets
+/// of every cache.
+const GATHER_FROM: usize = 16;
+/// Heads that share the pages of their rows.
+const GATHER_HEADS: usize = 8;
 
 /// One head over all tokens: inputs, head, its state, its row of the first token's output. Rows
 /// are `out_stride` numbers apart.

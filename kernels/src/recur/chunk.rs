@@ -279,9 +279,9 @@ fn transpose(from: &[f32], ld_from: usize, to: &mut [f32], ld_to: usize) {
 
 /// Asks for the cache lines of `n` numbers of `x` from `first` on, which may be past its end.
 #[inline(always)]
-fn prefetch(x: &[f32], first: usize, n: usize) {
+pub(crate) fn prefetch<T>(x: &[T], first: usize, n: usize) {
     #[cfg(target_arch = "x86_64")]
-    for i in (0..n).step_by(16) {
+    for i in (0..n).step_by(64 / size_of::<T>()) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: every x86-64 has it; a prefetch never faults and changes no value.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(x.as_ptr().wrapping_add(first + i).cast()) }

@@ -1,6 +1,7 @@
 //! Inputs of 16 bits: the rows of a few heads become F32 on their way in, so that every kernel is
 //! written once, for F32.
 
+use super::chunk::prefetch;
 use super::{CHUNK, Inputs, Recur, Rule};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -10,6 +11,9 @@ use std::ops::Range;
 /// Tokens that are converted at a time: whole chunks, so that cuts between pieces change nothing,
 /// and few enough that their rows stay in the L2 cache.
 pub(super) const PIECE: usize = 2 * CHUNK;
+
+/// Tokens whose rows, which may lie far apart, are asked for ahead.
+const AHEAD: usize = 8;
 
 /// Numbers as they are stored.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +48,15 @@ impl<'a> Numbers<'a> {
         }
     }
 
+    /// Asks for the cache lines of `n` of them from `first` on.
+    fn fetch(self, first: usize, n: usize) {
+        match self {
+            Numbers::F32(x) => prefetch(x, first, n),
+            Numbers::F16(x) => prefetch(x, first, n),
+            Numbers::BF16(x) => prefetch(x, first, n),
+        }
+    }
+
     /// Appends some of them to `to`.
     fn append(self, range: Range<usize>, to: &mut Vec<f32>) {
         let first = to.len();
@@ -60,7 +73,7 @@ impl<'a> Numbers<'a> {
 pub(super) struct Stored<'a> {
     rule: Rule,
     pub(super) n_tokens: usize,
-    n_head: usize,
+    pub(super) n_head: usize,
     n_head_k: usize,
     pub(super) head_dim_k: usize,
     pub(super) head_dim_v: usize,
@@ -140,6 +153,14 @@ impl Widened {
             let group = x.n_head / x.n_head_k;
             let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
             for t in tokens.clone() {
+                if t + AHEAD < tokens.end {
+                    let own = (t + AHEAD) * x.n_head + heads.start;
+                    x.q.fetch(own * dim_k, heads.len() * dim_k);
+                    let at = (t + AHEAD) * x.n_head_k + heads.start / group;
+                    let n = (heads.end - 1) / group + 1 - heads.start / group;
+                    x.k.fetch(at * dim_k, n * dim_k);
+                    x.v.fetch(at * dim_v, n * dim_v);
+                }
                 let own = t * x.n_head + heads.start..t * x.n_head + heads.end;
                 x.q.append(own.start * dim_k..own.end * dim_k, &mut w.q);
                 x.beta.append(own.clone(), &mut w.beta);

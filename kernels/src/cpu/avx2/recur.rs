@@ -1,120 +1,405 @@
-//! `recur` with 8 lanes of value dimensions: the recurrent form, and the matrix product of the
-//! chunked form.
+//! `recur` with 8 lanes of value dimensions: the recurrent form in one pass over the state from
+//! memory, and the matrix product of the chunked form.
 
 use crate::recur::chunk::{self, Product};
-use crate::recur::{Inputs, Rule, further_scales, inverse_norm};
+use crate::recur::strips::{self, Factors, Part, Widths};
+use crate::recur::{Inputs, Rule};
 use std::arch::x86_64::*;
 
-/// Vectors side by side in a strip of the state; with 128 key dimensions it is 8 KiB.
+/// Vectors side by side in a strip of the state: as many as the sums of a token and of the next
+/// leave registers for. With 128 key dimensions a strip is 8 KiB.
 const STRIP: usize = 2;
+/// The same for a few tokens: rows of two cache lines.
+const WIDE_STRIP: usize = 4;
 
-/// The recurrent form of one head, strip by strip through all tokens. Columns that fill no strip
-/// go through a copy padded with zeros.
+/// The recurrent form of one head. Each strip of the state goes through many tokens before the
+/// next: in decode it comes from memory once a call. Sums of the delta rules are made in two parts,
+/// over even and odd key dimensions, for any number of tokens.
 ///
 /// # Safety
 /// `state` must be a head's, `out` its first row; rows are `out_stride` apart.
 #[target_feature(enable = "avx2,fma")]
 pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
-    const WIDTH: usize = 8 * STRIP;
-    let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
-    let mut strip = vec![0f32; dim_k * WIDTH];
-    for first in (0..dim_v).step_by(WIDTH) {
-        let n = WIDTH.min(dim_v - first);
-        for (to, from) in strip.chunks_exact_mut(WIDTH).zip(state.chunks_exact(dim_v)) {
-            to[..n].copy_from_slice(&from[first..][..n]);
-            to[n..].fill(0.0);
-        }
-        // SAFETY: passed on.
-        unsafe { columns(x, head, first, n, &mut strip, out) }
-        for (from, to) in strip.chunks_exact(WIDTH).zip(state.chunks_exact_mut(dim_v)) {
-            to[first..][..n].copy_from_slice(&from[..n]);
+    let widths = Widths {
+        many: 8 * STRIP,
+        many_large: 8 * STRIP,
+        few: 8 * WIDE_STRIP,
+    };
+    // SAFETY: passed on.
+    unsafe {
+        strips::recurrent(x, head, state, out, &widths, |part, start, factors| {
+            columns(x, head, part, start, factors);
+        });
+    }
+}
+
+/// One strip through the tokens from `start` on, one for each of the factors.
+///
+/// # Safety
+/// The strip must lie within the head's state and output.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn columns(x: &Inputs<'_>, head: usize, part: &Part, start: usize, factors: &[Factors]) {
+    let cut = !part.n.is_multiple_of(8);
+    // SAFETY: passed on.
+    unsafe {
+        match (x.rule, part.n.div_ceil(8), cut) {
+            (Rule::Ssd, 1, true) => add::<1, true>(x, head, part, start, factors),
+            (Rule::Ssd, 1, false) => add::<1, false>(x, head, part, start, factors),
+            (Rule::Ssd, 2, true) => add::<2, true>(x, head, part, start, factors),
+            (Rule::Ssd, 2, false) => add::<2, false>(x, head, part, start, factors),
+            (Rule::Ssd, WIDE_STRIP, false) => {
+                add::<WIDE_STRIP, false>(x, head, part, start, factors);
+            }
+            (_, 1, true) => replace::<1, true>(x, head, part, start, factors),
+            (_, 1, false) => replace::<1, false>(x, head, part, start, factors),
+            (_, 2, true) => replace::<2, true>(x, head, part, start, factors),
+            (_, 2, false) => replace::<2, false>(x, head, part, start, factors),
+            (_, WIDE_STRIP, false) => {
+                replace::<WIDE_STRIP, false>(x, head, part, start, factors);
+            }
+            _ => {
+                // Fewer kernels: the first half is whole, the rest a strip of its own.
+                let (left, right) = part.split(8 * STRIP);
+                columns(x, head, &left, start, factors);
+                columns(x, head, &right, start, factors);
+            }
         }
     }
 }
 
-/// Columns `first..first + n` through all tokens; `strip` is `[dim_k][8 STRIP]`.
+/// `N` vectors of a strip, side by side; with `CUT` the last one is partly beyond the strip.
+struct Vectors<const N: usize, const CUT: bool> {
+    /// The sign bit of each lane of the last vector that is there.
+    last: __m256i,
+}
+
+impl<const N: usize, const CUT: bool> Vectors<N, CUT> {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn new(n: usize) -> Self {
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        let n = (n - 8 * (N - 1)) as i32;
+        let last = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes);
+        Vectors { last }
+    }
+
+    /// Vector `j` of a row; zeros beyond the strip.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load(&self, row: *const f32, j: usize) -> __m256 {
+        // SAFETY: lanes beyond the strip are not read.
+        unsafe {
+            if CUT && j == N - 1 {
+                _mm256_maskload_ps(row.add(8 * j), self.last)
+            } else {
+                _mm256_loadu_ps(row.add(8 * j))
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn store(&self, row: *mut f32, j: usize, x: __m256) {
+        // SAFETY: lanes beyond the strip are not written.
+        unsafe {
+            if CUT && j == N - 1 {
+                _mm256_maskstore_ps(row.add(8 * j), self.last, x);
+            } else {
+                _mm256_storeu_ps(row.add(8 * j), x);
+            }
+        }
+    }
+
+    /// Zeros, not a factor of zero: an old state may hold anything.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn clear(&self, part: &Part, n_rows: usize) {
+        for i in 0..n_rows {
+            for j in 0..N {
+                // SAFETY: rows of the strip.
+                unsafe { self.store(part.state.add(i * part.ld), j, _mm256_setzero_ps()) }
+            }
+        }
+    }
+
+    /// `scale * sum` to a row of the output.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn put(&self, row: *mut f32, sum: [__m256; N], scale: f32) {
+        for j in 0..N {
+            // SAFETY: a row of the strip's output.
+            unsafe { self.store(row, j, _mm256_mul_ps(sum[j], _mm256_set1_ps(scale))) }
+        }
+    }
+}
+
+/// Where a token's rows lie.
+struct Rows<'a> {
+    x: &'a Inputs<'a>,
+    head: usize,
+    head_k: usize,
+    first: usize,
+}
+
+impl<'a> Rows<'a> {
+    fn new(x: &'a Inputs<'a>, head: usize, first: usize) -> Self {
+        let head_k = head / (x.n_head / x.n_head_k);
+        Rows {
+            x,
+            head,
+            head_k,
+            first,
+        }
+    }
+
+    fn q(&self, t: usize) -> *const f32 {
+        let dim = self.x.head_dim_k;
+        self.x.q[(t * self.x.n_head + self.head) * dim..][..dim].as_ptr()
+    }
+
+    fn k(&self, t: usize) -> *const f32 {
+        let dim = self.x.head_dim_k;
+        self.x.k[(t * self.x.n_head_k + self.head_k) * dim..][..dim].as_ptr()
+    }
+
+    /// The strip's columns of the value.
+    fn v(&self, t: usize) -> *const f32 {
+        let dim = self.x.head_dim_v;
+        self.x.v[(t * self.x.n_head_k + self.head_k) * dim..][self.first..dim].as_ptr()
+    }
+}
+
+/// What becomes of every number of the state: the same operations in the same order, however many
+/// tokens its way from memory is shared by.
+#[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn columns(
+fn step(s: __m256, decay: __m256, k: __m256, write: __m256) -> __m256 {
+    _mm256_fmadd_ps(k, write, _mm256_mul_ps(s, decay))
+}
+
+/// [`columns`] of the delta rules: what the state holds for the next token's key is summed in the pass
+/// that writes this one's.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn replace<const N: usize, const CUT: bool>(
     x: &Inputs<'_>,
     head: usize,
-    first: usize,
-    n: usize,
-    strip: &mut [f32],
-    out: *mut f32,
+    part: &Part,
+    start: usize,
+    factors: &[Factors],
 ) {
-    const WIDTH: usize = 8 * STRIP;
-    let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
-    let head_k = head / (x.n_head / x.n_head_k);
-    let (further_k, further_q) = further_scales(x);
+    let rows = Rows::new(x, head, part.first);
+    let vectors = Vectors::<N, CUT>::new(part.n);
+    let (dim_k, state, ld) = (x.head_dim_k, part.state, part.ld);
     let zero = _mm256_setzero_ps();
-    let mut resets = x.resets;
-    for t in 0..x.n_tokens {
-        let q = &x.q[(t * x.n_head + head) * dim_k..][..dim_k];
-        let k = &x.k[(t * x.n_head_k + head_k) * dim_k..][..dim_k];
-        let mut v = [0f32; WIDTH];
-        v[..n].copy_from_slice(&x.v[(t * x.n_head_k + head_k) * dim_v + first..][..n]);
-        let scale_k = inverse_norm(x.rule, k) * further_k;
-        let scale_q = inverse_norm(x.rule, q) * further_q;
-        let beta = x.beta[t * x.n_head + head];
-        let decay = if x.rule == Rule::Delta {
-            1.0
-        } else {
-            chunk::exp(x.g[t * x.n_head + head])
-        };
-        if resets.first() == Some(&t) {
-            resets = &resets[1..];
-            strip.fill(0.0);
-        }
-        let mut write = [zero; STRIP];
-        // SAFETY: `strip` has `dim_k` rows of `WIDTH`, `v` one.
+    let resets = &x.resets[x.resets.partition_point(|&r| r < start)..];
+    let mut resets = resets.iter().copied().peekable();
+    let mut held: Option<[[__m256; N]; 2]> = None;
+    for (i, token) in factors.iter().enumerate() {
+        let t = start + i;
+        let fresh = resets.next_if_eq(&t).is_some();
+        let goes_on = N <= STRIP && i + 1 < factors.len() && resets.peek() != Some(&(t + 1));
+        let decay = if fresh { 0.0 } else { token.decay };
+        let (k, q) = (rows.k(t), rows.q(t));
+        // SAFETY: `dim_k` rows of state, one of `v` and of `out`, all of the strip's width.
         unsafe {
-            for j in 0..STRIP {
-                write[j] = _mm256_loadu_ps(v.as_ptr().add(8 * j));
+            if fresh {
+                vectors.clear(part, dim_k);
             }
-            if x.rule != Rule::Ssd {
-                let mut held = [[zero; STRIP]; 4];
-                for i in (0..dim_k).step_by(4) {
-                    for (u, held) in held.iter_mut().enumerate() {
-                        if i + u >= dim_k {
-                            break;
-                        }
-                        let k = _mm256_set1_ps(k[i + u]);
-                        for j in 0..STRIP {
-                            let s = _mm256_loadu_ps(strip.as_ptr().add((i + u) * WIDTH + 8 * j));
-                            held[j] = _mm256_fmadd_ps(k, s, held[j]);
-                        }
-                    }
-                }
-                for j in 0..STRIP {
-                    let a = _mm256_add_ps(held[0][j], held[1][j]);
-                    let held = _mm256_add_ps(a, _mm256_add_ps(held[2][j], held[3][j]));
-                    let factor = _mm256_set1_ps(decay * scale_k);
-                    write[j] = _mm256_fnmadd_ps(held, factor, write[j]);
-                }
-            }
-            let mut sum = [zero; STRIP];
-            for j in 0..STRIP {
-                write[j] = _mm256_mul_ps(write[j], _mm256_set1_ps(beta * scale_k));
+            let held_now = match held.take() {
+                Some(held) => held,
+                None => sum_held(&vectors, part, k, dim_k, i == 0),
+            };
+            let mut write = [zero; N];
+            for j in 0..N {
+                let held = _mm256_add_ps(held_now[0][j], held_now[1][j]);
+                let held = _mm256_mul_ps(held, _mm256_set1_ps(decay * token.k));
+                let error = _mm256_sub_ps(vectors.load(rows.v(t), j), held);
+                write[j] = _mm256_mul_ps(error, _mm256_set1_ps(token.beta * token.k));
             }
             let decay = _mm256_set1_ps(decay);
+            let mut sum = [[zero; N]; 2];
+            if goes_on {
+                let k_next = rows.k(t + 1);
+                let mut held_next = [[zero; N]; 2];
+                macro_rules! row {
+                    ($i:expr, $u:expr) => {
+                        let row = state.add($i * ld);
+                        let (k, q) = (_mm256_set1_ps(*k.add($i)), _mm256_set1_ps(*q.add($i)));
+                        let k_next = _mm256_set1_ps(*k_next.add($i));
+                        for j in 0..N {
+                            let s = step(vectors.load(row, j), decay, k, write[j]);
+                            vectors.store(row, j, s);
+                            sum[$u][j] = _mm256_fmadd_ps(q, s, sum[$u][j]);
+                            held_next[$u][j] = _mm256_fmadd_ps(k_next, s, held_next[$u][j]);
+                        }
+                    };
+                }
+                for i in (0..dim_k & !1).step_by(2) {
+                    row!(i, 0);
+                    row!(i + 1, 1);
+                }
+                if dim_k % 2 == 1 {
+                    row!(dim_k - 1, 0);
+                }
+                held = Some(held_next);
+            } else {
+                macro_rules! row {
+                    ($i:expr, $u:expr) => {
+                        let row = state.add($i * ld);
+                        let (k, q) = (_mm256_set1_ps(*k.add($i)), _mm256_set1_ps(*q.add($i)));
+                        for j in 0..N {
+                            let s = step(vectors.load(row, j), decay, k, write[j]);
+                            vectors.store(row, j, s);
+                            sum[$u][j] = _mm256_fmadd_ps(q, s, sum[$u][j]);
+                        }
+                    };
+                }
+                for i in (0..dim_k & !1).step_by(2) {
+                    row!(i, 0);
+                    row!(i + 1, 1);
+                }
+                if dim_k % 2 == 1 {
+                    row!(dim_k - 1, 0);
+                }
+            }
+            let mut both = [zero; N];
+            for j in 0..N {
+                both[j] = _mm256_add_ps(sum[0][j], sum[1][j]);
+            }
+            vectors.put(part.out.add(i * part.ld_out), both, token.q);
+        }
+    }
+}
+
+/// `S^T k` of a strip, over even and odd key dimensions. `cold`: later rows are asked for.
+///
+/// # Safety
+/// The strip must have `dim_k` rows, `k` as many numbers.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn sum_held<const N: usize, const CUT: bool>(
+    vectors: &Vectors<N, CUT>,
+    part: &Part,
+    k: *const f32,
+    dim_k: usize,
+    cold: bool,
+) -> [[__m256; N]; 2] {
+    let mut held = [[_mm256_setzero_ps(); N]; 2];
+    macro_rules! row {
+        ($i:expr, $u:expr) => {
+            let row = part.state.add($i * part.ld);
+            if cold {
+                prefetch::<N>(row.wrapping_add(PREFETCH_ROWS * part.ld));
+            }
+            let k = _mm256_set1_ps(*k.add($i));
+            for j in 0..N {
+                held[$u][j] = _mm256_fmadd_ps(k, vectors.load(row, j), held[$u][j]);
+            }
+        };
+    }
+    // SAFETY: by the caller's promise; a prefetch may be of any address.
+    unsafe {
+        for i in (0..dim_k & !1).step_by(2) {
+            row!(i, 0);
+            row!(i + 1, 1);
+        }
+        if dim_k % 2 == 1 {
+            row!(dim_k - 1, 0);
+        }
+    }
+    held
+}
+
+/// [`columns`] of Ssd: two tokens in a pass.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn add<const N: usize, const CUT: bool>(
+    x: &Inputs<'_>,
+    head: usize,
+    part: &Part,
+    start: usize,
+    factors: &[Factors],
+) {
+    let rows = Rows::new(x, head, part.first);
+    let vectors = Vectors::<N, CUT>::new(part.n);
+    let (dim_k, state, ld) = (x.head_dim_k, part.state, part.ld);
+    let zero = _mm256_setzero_ps();
+    let resets = &x.resets[x.resets.partition_point(|&r| r < start)..];
+    let mut resets = resets.iter().copied().peekable();
+    let mut done = 0;
+    while done < factors.len() {
+        let t = start + done;
+        let token = &factors[done];
+        let fresh = resets.next_if_eq(&t).is_some();
+        let next = factors.get(done + 1);
+        let next = next.filter(|_| N <= STRIP && resets.peek() != Some(&(t + 1)));
+        let (k, q) = (rows.k(t), rows.q(t));
+        // SAFETY: `dim_k` rows of state, one of `v` and of `out`, all of the strip's width.
+        unsafe {
+            if fresh {
+                vectors.clear(part, dim_k);
+            }
+            let write = |t: usize, token: &Factors| {
+                let strength = _mm256_set1_ps(token.beta * token.k);
+                let mut write = [zero; N];
+                for j in 0..N {
+                    write[j] = _mm256_mul_ps(vectors.load(rows.v(t), j), strength);
+                }
+                write
+            };
+            let decay = _mm256_set1_ps(if fresh { 0.0 } else { token.decay });
+            let written = write(t, token);
+            let mut sum = [zero; N];
+            let to = part.out.add(done * part.ld_out);
+            if let Some(next) = next {
+                let (k_next, q_next) = (rows.k(t + 1), rows.q(t + 1));
+                let decay_next = _mm256_set1_ps(next.decay);
+                let written_next = write(t + 1, next);
+                let mut sum_next = [zero; N];
+                for i in 0..dim_k {
+                    let row = state.add(i * ld);
+                    let (k, q) = (_mm256_set1_ps(*k.add(i)), _mm256_set1_ps(*q.add(i)));
+                    let k_next = _mm256_set1_ps(*k_next.add(i));
+                    let q_next = _mm256_set1_ps(*q_next.add(i));
+                    for j in 0..N {
+                        let s = step(vectors.load(row, j), decay, k, written[j]);
+                        sum[j] = _mm256_fmadd_ps(q, s, sum[j]);
+                        let s = step(s, decay_next, k_next, written_next[j]);
+                        vectors.store(row, j, s);
+                        sum_next[j] = _mm256_fmadd_ps(q_next, s, sum_next[j]);
+                    }
+                }
+                vectors.put(to, sum, token.q);
+                vectors.put(to.add(part.ld_out), sum_next, next.q);
+                done += 2;
+                continue;
+            }
             for i in 0..dim_k {
-                let (k, q) = (_mm256_set1_ps(k[i]), _mm256_set1_ps(q[i]));
-                for j in 0..STRIP {
-                    let at = strip.as_mut_ptr().add(i * WIDTH + 8 * j);
-                    let s = _mm256_mul_ps(_mm256_loadu_ps(at), decay);
-                    let s = _mm256_fmadd_ps(k, write[j], s);
-                    _mm256_storeu_ps(at, s);
+                let row = state.add(i * ld);
+                if done == 0 {
+                    prefetch::<N>(row.wrapping_add(PREFETCH_ROWS * ld));
+                }
+                let (k, q) = (_mm256_set1_ps(*k.add(i)), _mm256_set1_ps(*q.add(i)));
+                for j in 0..N {
+                    let s = step(vectors.load(row, j), decay, k, written[j]);
+                    vectors.store(row, j, s);
                     sum[j] = _mm256_fmadd_ps(q, s, sum[j]);
                 }
             }
-            for j in 0..STRIP {
-                let o = _mm256_mul_ps(sum[j], _mm256_set1_ps(scale_q));
-                _mm256_storeu_ps(v.as_mut_ptr().add(8 * j), o);
-            }
-            // Row `t` of this head's output, by the caller's promise.
-            let to = out.add(t * x.out_stride + first);
-            to.copy_from_nonoverlapping(v.as_ptr(), n);
+            vectors.put(to, sum, token.q);
         }
+        done += 1;
+    }
+}
+
+/// Rows that are asked for ahead when the state comes from memory.
+const PREFETCH_ROWS: usize = 16;
+
+/// Asks for the strip's part of a later row, which may lie anywhere.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn prefetch<const N: usize>(row: *const f32) {
+    for line in (0..8 * N).step_by(16) {
+        _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(line).cast());
     }
 }
 
@@ -132,43 +417,68 @@ pub(crate) unsafe fn chunked(x: &Inputs<'_>, head: usize, state: &mut [f32], out
     }
 }
 
-/// See [`Product`]: 4 rows by 16 columns at a time in registers.
+/// See [`Product`]: 6 rows by 16 columns at a time in registers.
 ///
 /// # Safety
 /// `a`, `b` and `c` must have the shapes it states.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn product(shape: &Product, a: *const f32, b: *const f32, c: *mut f32) {
     for col in (0..shape.n).step_by(16) {
-        for row in (0..shape.m).step_by(4) {
-            let mut sum = [[_mm256_setzero_ps(); 2]; 4];
-            // SAFETY: blocks within the matrices.
+        let mut row = 0;
+        while row < shape.m {
+            // SAFETY: blocks within the matrices; `m` is even.
             unsafe {
-                let (a, b) = (a.add(row * shape.lda), b.add(col));
-                let c = c.add(row * shape.ldc + col);
-                if shape.keep != 0.0 {
-                    let keep = _mm256_set1_ps(shape.keep);
-                    for r in 0..4 {
-                        for j in 0..2 {
-                            let c = _mm256_loadu_ps(c.add(r * shape.ldc + 8 * j));
-                            sum[r][j] = _mm256_mul_ps(c, keep);
-                        }
-                    }
-                }
-                for i in 0..shape.depth(row + 4) {
-                    let b = b.add(i * shape.ldb);
-                    let b = [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))];
-                    for r in 0..4 {
-                        let a = _mm256_set1_ps(*a.add(r * shape.lda + i));
-                        sum[r][0] = _mm256_fmadd_ps(a, b[0], sum[r][0]);
-                        sum[r][1] = _mm256_fmadd_ps(a, b[1], sum[r][1]);
-                    }
-                }
-                for r in 0..4 {
-                    for j in 0..2 {
-                        _mm256_storeu_ps(c.add(r * shape.ldc + 8 * j), sum[r][j]);
-                    }
-                }
+                let (b, c) = (b.add(col), c.add(row * shape.ldc + col));
+                row += match shape.m - row {
+                    6.. => block::<6>(shape, row, a, b, c),
+                    4.. => block::<4>(shape, row, a, b, c),
+                    _ => block::<2>(shape, row, a, b, c),
+                };
             }
         }
     }
+}
+
+/// `R` rows of a product from `row` on, 16 columns. `c` is theirs. Returns `R`.
+///
+/// # Safety
+/// As [`product`].
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn block<const R: usize>(
+    shape: &Product,
+    row: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+) -> usize {
+    let mut sum = [[_mm256_setzero_ps(); 2]; R];
+    // SAFETY: blocks within the matrices.
+    unsafe {
+        let a = a.add(row * shape.lda);
+        if shape.keep != 0.0 {
+            let keep = _mm256_set1_ps(shape.keep);
+            for r in 0..R {
+                for j in 0..2 {
+                    let c = _mm256_loadu_ps(c.add(r * shape.ldc + 8 * j));
+                    sum[r][j] = _mm256_mul_ps(c, keep);
+                }
+            }
+        }
+        for i in 0..shape.depth(row + R) {
+            let b = b.add(i * shape.ldb);
+            let b = [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))];
+            for r in 0..R {
+                let a = _mm256_set1_ps(*a.add(r * shape.lda + i));
+                sum[r][0] = _mm256_fmadd_ps(a, b[0], sum[r][0]);
+                sum[r][1] = _mm256_fmadd_ps(a, b[1], sum[r][1]);
+            }
+        }
+        for r in 0..R {
+            for j in 0..2 {
+                _mm256_storeu_ps(c.add(r * shape.ldc + 8 * j), sum[r][j]);
+            }
+        }
+    }
+    R
 }

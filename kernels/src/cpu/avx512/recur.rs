@@ -1,12 +1,10 @@
 //! `recur` with 16 lanes of value dimensions: the recurrent form in one pass over the state from
 //! memory, and the matrix product of the chunked form.
 
-use crate::mul_mat::buffer::Buffer;
 use crate::recur::chunk::{self, Product};
-use crate::recur::{Inputs, Rule, further_scales, inverse_norm};
+use crate::recur::strips::{self, Factors, Part, Widths};
+use crate::recur::{Inputs, Rule};
 use std::arch::x86_64::*;
-use std::cell::RefCell;
-use std::ops::Range;
 
 /// Vectors side by side in a strip of the state: with 128 key dimensions a strip is 32 KiB, which
 /// the L1 cache holds over all tokens of a call.
@@ -15,12 +13,6 @@ const STRIP: usize = 4;
 const NARROW_STRIP: usize = 2;
 /// The same for a few tokens: most of the time goes into fetching the state, in whole rows.
 const WIDE_STRIP: usize = 8;
-/// Tokens that a strip goes through before the next strip does: few enough that their keys and
-/// queries, once read, stay in the L2 cache.
-const PIECE: usize = 128;
-/// Tokens whose rows, which lie far apart, are asked for ahead.
-const AHEAD: usize = 8;
-
 /// The recurrent form of one head. Each strip of the state goes through many tokens before the
 /// next: in decode it comes from memory once a call. `S^T k` is summed in two parts, over even and
 /// odd key dimensions, so that sums are the same for any number of tokens.
@@ -29,184 +21,43 @@ const AHEAD: usize = 8;
 /// `state` must be a head's, `out` its first row; rows are `out_stride` apart.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
 pub(crate) unsafe fn recurrent(x: &Inputs<'_>, head: usize, state: &mut [f32], out: *mut f32) {
-    let mut work = WORK.take().unwrap_or_else(|| Box::new(Work::new()));
-    for start in (0..x.n_tokens).step_by(PIECE) {
-        let tokens = start..x.n_tokens.min(start + PIECE);
-        // SAFETY: passed on.
-        unsafe { piece(x, head, tokens, state, out, &mut work) }
-    }
-    WORK.set(Some(work));
-}
-
-/// Some tokens of [`recurrent`].
-///
-/// # Safety
-/// The instruction set must be there; shapes must be those of `x`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-unsafe fn piece(
-    x: &Inputs<'_>,
-    head: usize,
-    tokens: Range<usize>,
-    state: &mut [f32],
-    out: *mut f32,
-    work: &mut Work,
-) {
-    let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
-    let head_k = head / (x.n_head / x.n_head_k);
-    let (further_k, further_q) = further_scales(x);
-    work.scales.clear();
-    for t in tokens.clone() {
-        if t + AHEAD < x.n_tokens {
-            let at = (t + AHEAD) * x.n_head_k + head_k;
-            fetch_row(&x.k[at * dim_k..][..dim_k]);
-            fetch_row(&x.v[at * dim_v..][..dim_v]);
-            fetch_row(&x.q[((t + AHEAD) * x.n_head + head) * dim_k..][..dim_k]);
-        }
-        let k = &x.k[(t * x.n_head_k + head_k) * dim_k..][..dim_k];
-        let q = &x.q[(t * x.n_head + head) * dim_k..][..dim_k];
-        work.scales.push((
-            inverse_norm(x.rule, k) * further_k,
-            inverse_norm(x.rule, q) * further_q,
-        ));
-    }
-    let many = tokens.len() >= COMPACT_FROM;
-    let vectors = match dim_k {
-        _ if !many => WIDE_STRIP,
-        129.. => NARROW_STRIP,
-        _ => STRIP,
+    let widths = Widths {
+        many: 16 * STRIP,
+        many_large: 16 * NARROW_STRIP,
+        few: 16 * WIDE_STRIP,
     };
-    // Over many tokens a strip is worked on in one piece: with its rows a power of two apart it
-    // would use half of the L1 cache's sets and be thrown out of the other half.
-    let compact = many && dim_v > 16 * vectors;
-    for first in (0..dim_v).step_by(16 * vectors) {
-        let n = (dim_v - first).min(16 * vectors);
-        if compact {
-            work.strip.reserve(dim_k * 16 * STRIP * 4);
-            let strip = work.strip.as_mut_ptr().cast::<f32>();
-            for i in 0..dim_k {
-                // SAFETY: `n` numbers of row `i`; the strip has `dim_k` rows of `16 vectors`.
-                unsafe {
-                    let row = state[i * dim_v + first..][..n].as_ptr();
-                    strip.add(i * 16 * vectors).copy_from_nonoverlapping(row, n);
-                }
-            }
-            // SAFETY: columns `first..` of the copy and of `out`.
-            unsafe {
-                let part = Part {
-                    first,
-                    n,
-                    state: strip,
-                    ld: 16 * vectors,
-                    out: out.add(first),
-                };
-                columns(x, head, &part, tokens.start, &work.scales);
-            }
-            for i in 0..dim_k {
-                // SAFETY: as above.
-                unsafe {
-                    let row = state[i * dim_v + first..][..n].as_mut_ptr();
-                    row.copy_from_nonoverlapping(strip.add(i * 16 * vectors), n);
-                }
-            }
-        } else {
-            // SAFETY: columns `first..` of the state and of `out`.
-            unsafe {
-                let state = state.as_mut_ptr().add(first);
-                let part = Part {
-                    first,
-                    n,
-                    state,
-                    ld: dim_v,
-                    out: out.add(first),
-                };
-                columns(x, head, &part, tokens.start, &work.scales);
-            }
-        }
+    // SAFETY: passed on.
+    unsafe {
+        strips::recurrent(x, head, state, out, &widths, |part, start, factors| {
+            columns(x, head, part, start, factors);
+        });
     }
 }
 
-/// Asks for a row of a later token.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn fetch_row(row: &[f32]) {
-    for line in row.chunks(16) {
-        _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
-    }
-}
-
-/// Tokens from which on copying a strip of the state pays.
-const COMPACT_FROM: usize = 4;
-
-/// Memory of a thread.
-struct Work {
-    /// What each token's key and query are multiplied by.
-    scales: Vec<(f32, f32)>,
-    strip: Buffer,
-}
-
-thread_local! {
-    static WORK: RefCell<Option<Box<Work>>> = const { RefCell::new(None) };
-}
-
-impl Work {
-    fn new() -> Work {
-        Work {
-            scales: Vec::new(),
-            strip: Buffer::zeroed(0),
-        }
-    }
-}
-
-/// `n` columns of a head's state, from `first` on: rows are `ld` apart.
-struct Part {
-    first: usize,
-    n: usize,
-    state: *mut f32,
-    ld: usize,
-    /// The same columns of the first token's output.
-    out: *mut f32,
-}
-
-impl Part {
-    /// The first 64 columns and the others.
-    fn halves(&self) -> (Part, Part) {
-        let at = 16 * STRIP;
-        let left = Part { n: at, ..*self };
-        let right = Part {
-            first: self.first + at,
-            n: self.n - at,
-            state: self.state.wrapping_add(at),
-            ld: self.ld,
-            out: self.out.wrapping_add(at),
-        };
-        (left, right)
-    }
-}
-
-/// One strip through the tokens from `start` on, one for each pair of scales.
+/// One strip through the tokens from `start` on, one for each of the factors.
 ///
 /// # Safety
 /// The instruction set must be there; the strip must lie within the head's state and output.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn columns(x: &Inputs<'_>, head: usize, part: &Part, start: usize, scales: &[(f32, f32)]) {
+unsafe fn columns(x: &Inputs<'_>, head: usize, part: &Part, start: usize, factors: &[Factors]) {
     // SAFETY: passed on.
     unsafe {
         match part.n {
-            1..16 => strip::<1, true>(x, head, part, start, scales),
-            16 => strip::<1, false>(x, head, part, start, scales),
-            17..32 => strip::<2, true>(x, head, part, start, scales),
-            32 => strip::<2, false>(x, head, part, start, scales),
-            33..48 => strip::<3, true>(x, head, part, start, scales),
-            48 => strip::<3, false>(x, head, part, start, scales),
-            49..64 => strip::<4, true>(x, head, part, start, scales),
-            64 => strip::<4, false>(x, head, part, start, scales),
+            1..16 => strip::<1, true>(x, head, part, start, factors),
+            16 => strip::<1, false>(x, head, part, start, factors),
+            17..32 => strip::<2, true>(x, head, part, start, factors),
+            32 => strip::<2, false>(x, head, part, start, factors),
+            33..48 => strip::<3, true>(x, head, part, start, factors),
+            48 => strip::<3, false>(x, head, part, start, factors),
+            49..64 => strip::<4, true>(x, head, part, start, factors),
+            64 => strip::<4, false>(x, head, part, start, factors),
             65..128 => {
                 // Fewer kernels: the first half is whole, the rest a strip of its own.
-                let (left, right) = part.halves();
-                columns(x, head, &left, start, scales);
-                columns(x, head, &right, start, scales);
+                let (left, right) = part.split(16 * STRIP);
+                columns(x, head, &left, start, factors);
+                columns(x, head, &right, start, factors);
             }
-            _ => strip::<WIDE_STRIP, false>(x, head, part, start, scales),
+            _ => strip::<WIDE_STRIP, false>(x, head, part, start, factors),
         }
     }
 }
@@ -218,7 +69,7 @@ unsafe fn strip<const N: usize, const CUT: bool>(
     head: usize,
     part: &Part,
     start: usize,
-    scales: &[(f32, f32)],
+    factors: &[Factors],
 ) {
     let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
     let &Part {
@@ -227,6 +78,7 @@ unsafe fn strip<const N: usize, const CUT: bool>(
         state,
         ld,
         out,
+        ld_out,
     } = part;
     let head_k = head / (x.n_head / x.n_head_k);
     let last = if CUT {
@@ -241,18 +93,13 @@ unsafe fn strip<const N: usize, const CUT: bool>(
     let q = |t: usize| x.q[(t * x.n_head + head) * dim_k..][..dim_k].as_ptr();
     let k = |t: usize| x.k[(t * x.n_head_k + head_k) * dim_k..][..dim_k].as_ptr();
     let v = |t: usize| x.v[(t * x.n_head_k + head_k) * dim_v..][first..dim_v].as_ptr();
-    let beta = |t: usize| x.beta[t * x.n_head + head];
-    let decay = |t: usize| match x.rule {
-        Rule::Delta => 1.0,
-        _ => chunk::exp(x.g[t * x.n_head + head]),
-    };
-    let end = start + scales.len();
+    let end = start + factors.len();
     // `S^T k` of the next token, over even and odd key dimensions, where the last pass has made it.
     let mut held = None;
     let mut t = start;
     while t < end {
         let fresh = resets.next_if_eq(&t).is_some();
-        let (scale_k, scale_q) = scales[t - start];
+        let token = &factors[t - start];
         let next = t + 1;
         let goes_on = N <= STRIP && next < end && resets.peek() != Some(&next);
         // SAFETY: `dim_k` rows of `dim_v` numbers of state, of which `16 N` from `first` on, the
@@ -267,11 +114,11 @@ unsafe fn strip<const N: usize, const CUT: bool>(
                     }
                 }
             }
-            let decay_t = if fresh { 0.0 } else { decay(t) };
+            let decay_t = if fresh { 0.0 } else { token.decay };
             let mut write = [zero; N];
             if x.rule == Rule::Ssd {
                 for j in 0..N {
-                    let strength = _mm512_set1_ps(beta(t) * scale_k);
+                    let strength = _mm512_set1_ps(token.beta * token.k);
                     write[j] = _mm512_mul_ps(row_of_v(t, j), strength);
                 }
             } else {
@@ -299,13 +146,13 @@ unsafe fn strip<const N: usize, const CUT: bool>(
                 });
                 for j in 0..N {
                     let held = _mm512_add_ps(held[0][j], held[1][j]);
-                    let held = _mm512_mul_ps(held, _mm512_set1_ps(decay_t * scale_k));
+                    let held = _mm512_mul_ps(held, _mm512_set1_ps(decay_t * token.k));
                     let error = _mm512_sub_ps(row_of_v(t, j), held);
-                    write[j] = _mm512_mul_ps(error, _mm512_set1_ps(beta(t) * scale_k));
+                    write[j] = _mm512_mul_ps(error, _mm512_set1_ps(token.beta * token.k));
                 }
             }
             let put = |t: usize, sum: [__m512; N], scale: f32| {
-                let row = out.add(t * x.out_stride);
+                let row = out.add((t - start) * ld_out);
                 for j in 0..N {
                     let o = _mm512_mul_ps(sum[j], _mm512_set1_ps(scale));
                     _mm512_mask_storeu_ps(row.add(j * 16), mask(j), o);
@@ -321,9 +168,9 @@ unsafe fn strip<const N: usize, const CUT: bool>(
             let mut sum = [zero; N];
             if goes_on && x.rule == Rule::Ssd {
                 let (k_next, q_next) = (k(next), q(next));
-                let (scale_k_next, scale_q_next) = scales[next - start];
-                let strength = _mm512_set1_ps(beta(next) * scale_k_next);
-                let decay_next = _mm512_set1_ps(decay(next));
+                let after = &factors[next - start];
+                let strength = _mm512_set1_ps(after.beta * after.k);
+                let decay_next = _mm512_set1_ps(after.decay);
                 let mut write_next = [zero; N];
                 for j in 0..N {
                     write_next[j] = _mm512_mul_ps(row_of_v(next, j), strength);
@@ -344,8 +191,8 @@ unsafe fn strip<const N: usize, const CUT: bool>(
                         sum_next[j] = _mm512_fmadd_ps(q_next, s, sum_next[j]);
                     }
                 }
-                put(t, sum, scale_q);
-                put(next, sum_next, scale_q_next);
+                put(t, sum, token.q);
+                put(next, sum_next, after.q);
                 t += 2;
                 continue;
             }
@@ -385,7 +232,7 @@ unsafe fn strip<const N: usize, const CUT: bool>(
                     }
                 }
             }
-            put(t, sum, scale_q);
+            put(t, sum, token.q);
         }
         t = next;
     }
