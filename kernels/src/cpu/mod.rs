@@ -152,7 +152,9 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => Some(avx512::attend::KERNELS),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::AvxVnni => Some(avx2::attend::KERNELS),
+        Isa::Avx2 => Some(avx2::attend::KERNELS),
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => Some(avx2::attend::KERNELS_VNNI),
         // NEON is part of every AArch64: the lanes need no further caller.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => Some(lanes::attend::KERNELS),

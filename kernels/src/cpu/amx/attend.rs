@@ -7,7 +7,7 @@
 use super::{CONFIG, CONFIG_32};
 use crate::attend::layout::{BLOCK, HALF_CELLS, K_BLOCK_BYTES, KvType, PAGE_CELLS, V_BLOCK_BYTES};
 use crate::attend::tile::{PageKernels, ROWS, Tile, half_seen};
-use crate::cpu::avx512::attend as vectors;
+use crate::cpu::avx512::attend::{self as vectors, AHEAD};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -50,7 +50,7 @@ unsafe fn scores(tile: &mut Tile, keys: *const u8, seen: u64) {
 #[target_feature(enable = "avx512f")]
 fn ask(tile: &Tile, from: *const u8, n_bytes: usize) {
     for line in (0..n_bytes).step_by(64) {
-        tile.ahead.ask(from.wrapping_add(line));
+        tile.ahead.ask(from.wrapping_add(line), AHEAD);
     }
 }
 

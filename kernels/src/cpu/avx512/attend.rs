@@ -26,22 +26,7 @@ pub(crate) const KERNELS: PageKernels = PageKernels {
 /// Bytes from the cell in use to the one asked for: half a page of keys of 128 dimensions, about
 /// 1,000 cycles of eight rows. The processor's own prefetch stops at each 4 KiB boundary, and does
 /// not know the next page.
-const AHEAD: usize = 8192;
-
-impl Ahead {
-    /// Asks for the cache line `AHEAD` of `p`, on the next page if this head's cells end before.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    pub(crate) fn ask(self, p: *const u8) {
-        let p = p.wrapping_add(AHEAD);
-        let p = if p < self.end {
-            p
-        } else {
-            p.wrapping_offset(self.jump)
-        };
-        _mm_prefetch::<_MM_HINT_T0>(p.cast());
-    }
-}
+pub(crate) const AHEAD: usize = 8192;
 
 /// `sum + a b` of pairs of 16-bit integers in every lane. By name: of the intrinsic compilers make a
 /// product and a sum, twice the work, where they know more of an operand.
@@ -122,7 +107,7 @@ unsafe fn load<const TY: u8>(p: *const u8, i: usize) -> __m512 {
 unsafe fn widen<const TY: u8>(from: *const u8, to: *mut f32, n: usize, ahead: Ahead) {
     for i in (0..n).step_by(16) {
         if i.is_multiple_of(32) {
-            ahead.ask(from.wrapping_add(2 * i));
+            ahead.ask(from.wrapping_add(2 * i), AHEAD);
         }
         // SAFETY: within the `n` numbers.
         unsafe { _mm512_storeu_ps(to.add(i), load::<TY>(from, i)) }
@@ -190,7 +175,7 @@ unsafe fn score_rows<const R: usize, const TY: u8>(
         // SAFETY: `dim` rows of 32 keys' numbers and of `ROWS` queries.
         unsafe {
             if TY != F32 {
-                ahead.ask(keys.add(i * HALF_CELLS * 2));
+                ahead.ask(keys.add(i * HALF_CELLS * 2), AHEAD);
             }
             let k = [
                 load::<TY>(keys, i * HALF_CELLS),
@@ -267,8 +252,8 @@ unsafe fn score_rows_q8_0<const R: usize>(
                 sum[r] = [_mm512_set1_epi32(*bias.as_ptr().add(r * n_blocks + b)); 2];
             }
             for word in 0..WORDS {
-                ahead.ask(keys.add(word * 128));
-                ahead.ask(keys.add(word * 128 + 64));
+                ahead.ask(keys.add(word * 128), AHEAD);
+                ahead.ask(keys.add(word * 128 + 64), AHEAD);
                 let k = [
                     _mm512_loadu_si512(keys.add(word * 128).cast()),
                     _mm512_loadu_si512(keys.add(word * 128 + 64).cast()),
@@ -288,7 +273,7 @@ unsafe fn score_rows_q8_0<const R: usize>(
                 }
             }
             let scales = keys.add(WORDS * 128);
-            ahead.ask(scales);
+            ahead.ask(scales, AHEAD);
             let scale = [load::<F16>(scales, 0), load::<F16>(scales, 16)];
             for r in 0..R {
                 for half in 0..2 {
@@ -484,7 +469,7 @@ unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
             // SAFETY: 64 cells of `16 N` values, `R` rows of 64 weights.
             unsafe {
                 if TY != F32 {
-                    rows.ahead.ask(values.add(c * N * 32));
+                    rows.ahead.ask(values.add(c * N * 32), AHEAD);
                 }
                 let mut v = [_mm512_setzero_ps(); N];
                 for j in 0..N {
@@ -631,8 +616,8 @@ unsafe fn weigh_q8_0(tile: &mut Tile, values: *const u8, seen_cells: u64) {
             unsafe {
                 let values = values.add(chunk * V_BLOCK_BYTES);
                 let worth = tile.wide.ptr();
-                tile.ahead.ask(scales(chunk));
-                tile.ahead.ask(scales(chunk).add(64));
+                tile.ahead.ask(scales(chunk), AHEAD);
+                tile.ahead.ask(scales(chunk).add(64), AHEAD);
                 integer_weights::<false>(tile, scales(chunk), steps, worth);
                 for row in (0..n_rows).step_by(ROWS) {
                     let rows = RowsQ8 {
@@ -686,8 +671,8 @@ unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen
         }
         // SAFETY: 16 groups of 4 cells x 32 dimensions, `R` rows of 64 weights.
         unsafe {
-            rows.ahead.ask(values.add(group * 128));
-            rows.ahead.ask(values.add(group * 128 + 64));
+            rows.ahead.ask(values.add(group * 128), AHEAD);
+            rows.ahead.ask(values.add(group * 128 + 64), AHEAD);
             let v = [
                 _mm512_loadu_si512(values.add(group * 128).cast()),
                 _mm512_loadu_si512(values.add(group * 128 + 64).cast()),
