@@ -11,6 +11,7 @@
 
 pub(crate) mod chunk;
 mod numbers;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod strips;
 
 use crate::cpu;
@@ -154,8 +155,10 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
                     }
                 }
             };
-            let pages = matches!(kernels.chunked, Chunked::Heads(..)) && chunked(stored.n_tokens);
-            let gathered = !pages && stored.n_tokens >= GATHER_FROM;
+            // A form that takes several heads sees to that itself.
+            let heads_at_once =
+                matches!(kernels.chunked, Chunked::Heads(..)) && chunked(stored.n_tokens);
+            let gathered = !heads_at_once && stored.n_tokens >= GATHER_FROM;
             if let Some(x) = stored.as_f32().filter(|_| !gathered) {
                 run(&x, heads.clone(), state, out);
                 continue;
@@ -177,10 +180,10 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
     });
 }
 
-/// Tokens from which on the recurrent form takes [`GATHER_HEADS`] heads through a piece of the tokens
-/// before the next piece, and each from a copy of its rows: where they lie, a page apart, translating
-/// their addresses for every head anew costs as much as the arithmetic, and they all share a few sets
-/// of every cache.
+/// Tokens from which on forms that work on a head at a time take [`GATHER_HEADS`] heads through a piece of
+/// the tokens before the next piece, and each from a copy of its rows: where they lie, a page apart,
+/// translating their addresses for every head anew costs as much as the arithmetic, and they all share
+/// a few sets of every cache.
 const GATHER_FROM: usize = 16;
 /// Heads that share the pages of their rows.
 const GATHER_HEADS: usize = 8;

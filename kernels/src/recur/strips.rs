@@ -215,12 +215,9 @@ unsafe fn piece(
 /// Asks for the cache lines of a row that will be written, which may lie anywhere.
 #[inline(always)]
 fn prefetch_to_write(row: *mut f32, n: usize) {
-    #[cfg(target_arch = "x86_64")]
+    use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
     for i in (0..n).step_by(16) {
-        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
         // SAFETY: every x86-64 has it; a prefetch never faults and changes no value.
         unsafe { _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(i).cast()) }
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (row, n);
 }
