@@ -158,6 +158,9 @@ unsafe fn load<const TY: u8>(p: *const u8, i: usize) -> __m256 {
 }
 
 /// See [`PageKernels::scores`].
+///
+/// # Safety
+/// As there; with `VNNI` the processor has AVX-VNNI.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn scores<const VNNI: bool>(tile: &mut Tile, keys: *const u8, seen: u64) {
     // SAFETY: `keys` are a page's of this type and dimension, by the caller's promise.
@@ -171,6 +174,10 @@ unsafe fn scores<const VNNI: bool>(tile: &mut Tile, keys: *const u8, seen: u64) 
     }
 }
 
+/// [`scores`] of cells of type `TY`.
+///
+/// # Safety
+/// As [`PageKernels::scores`]; the cells are of that type.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn scores_from<const TY: u8>(tile: &mut Tile, keys: *const u8, seen: u64) {
     let (dim, n_rows) = (tile.dim_k, tile.n_rows);
@@ -405,6 +412,9 @@ unsafe fn score_rows_q8_0<const N: usize, const VNNI: bool>(
 }
 
 /// See [`PageKernels::soft_max`].
+///
+/// # Safety
+/// As there.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn soft_max(tile: &mut Tile) {
     let (s, l) = (tile.s.ptr(), tile.l.ptr());
@@ -462,6 +472,9 @@ unsafe fn soft_max(tile: &mut Tile) {
 }
 
 /// See [`PageKernels::weigh`].
+///
+/// # Safety
+/// As there; with `VNNI` the processor has AVX-VNNI.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn weigh<const VNNI: bool>(tile: &mut Tile, values: *const u8, seen: u64) {
     // SAFETY: `values` are a page's of this type and dimension, by the caller's promise.
@@ -475,6 +488,10 @@ unsafe fn weigh<const VNNI: bool>(tile: &mut Tile, values: *const u8, seen: u64)
     }
 }
 
+/// [`weigh`] of cells of type `TY`.
+///
+/// # Safety
+/// As [`PageKernels::weigh`]; the cells are of that type.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn weigh_from<const TY: u8>(tile: &mut Tile, values: *const u8, seen: u64) {
     let (n_rows, dim) = (tile.n_rows, tile.dim_v);

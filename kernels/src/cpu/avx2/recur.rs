@@ -84,6 +84,9 @@ impl<const N: usize, const CUT: bool> Vectors<N, CUT> {
     }
 
     /// Vector `j` of a row; zeros beyond the strip.
+    ///
+    /// # Safety
+    /// The strip's part of the row must be readable.
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn load(&self, row: *const f32, j: usize) -> __m256 {
@@ -97,6 +100,10 @@ impl<const N: usize, const CUT: bool> Vectors<N, CUT> {
         }
     }
 
+    /// Writes vector `j` of a row, as far as it is the strip's.
+    ///
+    /// # Safety
+    /// The strip's part of the row must be writable.
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn store(&self, row: *mut f32, j: usize, x: __m256) {
@@ -111,6 +118,9 @@ impl<const N: usize, const CUT: bool> Vectors<N, CUT> {
     }
 
     /// Zeros, not a factor of zero: an old state may hold anything.
+    ///
+    /// # Safety
+    /// The part must have `n_rows` rows.
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn clear(&self, part: &Part, n_rows: usize) {
@@ -123,6 +133,9 @@ impl<const N: usize, const CUT: bool> Vectors<N, CUT> {
     }
 
     /// `scale * sum` to a row of the output.
+    ///
+    /// # Safety
+    /// The strip's part of the row must be writable.
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn put(&self, row: *mut f32, sum: [__m256; N], scale: f32) {
@@ -179,6 +192,9 @@ fn step(s: __m256, decay: __m256, k: __m256, write: __m256) -> __m256 {
 
 /// [`columns`] of the delta rules: what the state holds for the next token's key is summed in the pass
 /// that writes this one's.
+///
+/// # Safety
+/// As [`columns`], with at most `N` vectors.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn replace<const N: usize, const CUT: bool>(
     x: &Inputs<'_>,
@@ -189,11 +205,11 @@ unsafe fn replace<const N: usize, const CUT: bool>(
 ) {
     let rows = Rows::new(x, head, part.first);
     let vectors = Vectors::<N, CUT>::new(part.n);
-    let (dim_k, state, ld) = (x.head_dim_k, part.state, part.ld);
+    let dim_k = x.head_dim_k;
     let zero = _mm256_setzero_ps();
     let resets = &x.resets[x.resets.partition_point(|&r| r < start)..];
     let mut resets = resets.iter().copied().peekable();
-    let mut held: Option<[[__m256; N]; 2]> = None;
+    let mut held: Option<Halves<N>> = None;
     for (i, token) in factors.iter().enumerate() {
         let t = start + i;
         let fresh = resets.next_if_eq(&t).is_some();
@@ -217,51 +233,15 @@ unsafe fn replace<const N: usize, const CUT: bool>(
                 write[j] = _mm256_mul_ps(error, _mm256_set1_ps(token.beta * token.k));
             }
             let decay = _mm256_set1_ps(decay);
-            let mut sum = [[zero; N]; 2];
-            if goes_on {
+            let sum = if goes_on {
                 let k_next = rows.k(t + 1);
-                let mut held_next = [[zero; N]; 2];
-                macro_rules! row {
-                    ($i:expr, $u:expr) => {
-                        let row = state.add($i * ld);
-                        let (k, q) = (_mm256_set1_ps(*k.add($i)), _mm256_set1_ps(*q.add($i)));
-                        let k_next = _mm256_set1_ps(*k_next.add($i));
-                        for j in 0..N {
-                            let s = step(vectors.load(row, j), decay, k, write[j]);
-                            vectors.store(row, j, s);
-                            sum[$u][j] = _mm256_fmadd_ps(q, s, sum[$u][j]);
-                            held_next[$u][j] = _mm256_fmadd_ps(k_next, s, held_next[$u][j]);
-                        }
-                    };
-                }
-                for i in (0..dim_k & !1).step_by(2) {
-                    row!(i, 0);
-                    row!(i + 1, 1);
-                }
-                if dim_k % 2 == 1 {
-                    row!(dim_k - 1, 0);
-                }
+                let (sum, held_next) =
+                    pass::<N, CUT, true>(&vectors, part, dim_k, (k, q, k_next), decay, write);
                 held = Some(held_next);
+                sum
             } else {
-                macro_rules! row {
-                    ($i:expr, $u:expr) => {
-                        let row = state.add($i * ld);
-                        let (k, q) = (_mm256_set1_ps(*k.add($i)), _mm256_set1_ps(*q.add($i)));
-                        for j in 0..N {
-                            let s = step(vectors.load(row, j), decay, k, write[j]);
-                            vectors.store(row, j, s);
-                            sum[$u][j] = _mm256_fmadd_ps(q, s, sum[$u][j]);
-                        }
-                    };
-                }
-                for i in (0..dim_k & !1).step_by(2) {
-                    row!(i, 0);
-                    row!(i + 1, 1);
-                }
-                if dim_k % 2 == 1 {
-                    row!(dim_k - 1, 0);
-                }
-            }
+                pass::<N, CUT, false>(&vectors, part, dim_k, (k, q, k), decay, write).0
+            };
             let mut both = [zero; N];
             for j in 0..N {
                 both[j] = _mm256_add_ps(sum[0][j], sum[1][j]);
@@ -269,6 +249,53 @@ unsafe fn replace<const N: usize, const CUT: bool>(
             vectors.put(part.out.add(i * part.ld_out), both, token.q);
         }
     }
+}
+
+/// Sums over even and over odd key dimensions.
+type Halves<const N: usize> = [[__m256; N]; 2];
+
+/// Writes a token to a strip: `S = decay S + k write^T`. Returns `S^T q` and, for `NEXT`, `S^T k_next`.
+///
+/// # Safety
+/// The strip must have `dim_k` rows, `k`, `q` and `k_next` as many numbers.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn pass<const N: usize, const CUT: bool, const NEXT: bool>(
+    vectors: &Vectors<N, CUT>,
+    part: &Part,
+    dim_k: usize,
+    (k, q, k_next): (*const f32, *const f32, *const f32),
+    decay: __m256,
+    write: [__m256; N],
+) -> (Halves<N>, Halves<N>) {
+    let mut sum = [[_mm256_setzero_ps(); N]; 2];
+    let mut held = sum;
+    macro_rules! row {
+        ($i:expr, $half:expr) => {
+            let row = part.state.add($i * part.ld);
+            let (k, q) = (_mm256_set1_ps(*k.add($i)), _mm256_set1_ps(*q.add($i)));
+            let k_next = _mm256_set1_ps(*k_next.add($i));
+            for j in 0..N {
+                let s = step(vectors.load(row, j), decay, k, write[j]);
+                vectors.store(row, j, s);
+                sum[$half][j] = _mm256_fmadd_ps(q, s, sum[$half][j]);
+                if NEXT {
+                    held[$half][j] = _mm256_fmadd_ps(k_next, s, held[$half][j]);
+                }
+            }
+        };
+    }
+    // SAFETY: by the caller's promise.
+    unsafe {
+        for i in (0..dim_k & !1).step_by(2) {
+            row!(i, 0);
+            row!(i + 1, 1);
+        }
+        if dim_k % 2 == 1 {
+            row!(dim_k - 1, 0);
+        }
+    }
+    (sum, held)
 }
 
 /// `S^T k` of a strip, over even and odd key dimensions. `cold`: later rows are asked for.
@@ -283,7 +310,7 @@ unsafe fn sum_held<const N: usize, const CUT: bool>(
     k: *const f32,
     dim_k: usize,
     cold: bool,
-) -> [[__m256; N]; 2] {
+) -> Halves<N> {
     let mut held = [[_mm256_setzero_ps(); N]; 2];
     macro_rules! row {
         ($i:expr, $u:expr) => {
@@ -311,6 +338,9 @@ unsafe fn sum_held<const N: usize, const CUT: bool>(
 }
 
 /// [`columns`] of Ssd: two tokens in a pass.
+///
+/// # Safety
+/// As [`columns`], with at most `N` vectors.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn add<const N: usize, const CUT: bool>(
     x: &Inputs<'_>,
