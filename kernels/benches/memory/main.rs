@@ -77,15 +77,19 @@ fn main() {
             }
         }
         for rule in [Rule::GatedDelta, Rule::Delta, Rule::Ssd] {
-            for (form, n) in [
-                (Form::Recurrent, 1),
-                (Form::Recurrent, 1024),
-                (Form::Chunked, 1024),
+            for (form, n, calls) in [
+                (Form::Recurrent, 1, 1),
+                (Form::Recurrent, 1, 1024),
+                (Form::Recurrent, 1024, 1),
+                (Form::Chunked, 1024, 1),
             ] {
                 for dim in [64, 128, 256] {
-                    let name = format!("recur {rule:?} {form:?} {n} tokens d={dim}");
+                    let name = match calls {
+                        1 => format!("recur {rule:?} {form:?} {n} tokens d={dim}"),
+                        _ => format!("recur {rule:?} {form:?} {calls} tokens one by one d={dim}"),
+                    };
                     if wanted(&name) {
-                        rows.push(recurrence(pool, name, rule, form, n, dim));
+                        rows.push(recurrence(pool, name, rule, form, (n, calls), dim));
                     }
                 }
             }
@@ -286,71 +290,87 @@ fn prefill(pool: &Pool, name: String, ty: KvType, total: usize, window: u64, n_k
     }
 }
 
-/// 16 heads; a single token walks through states that no cache holds.
+/// 16 heads, some calls of some tokens each. A single token walks through states that no cache holds;
+/// many calls of one token are a prompt read by decode's means, each from where the last one ended.
 fn recurrence(
     pool: &Pool,
     name: String,
     rule: Rule,
     form: Form,
-    n_tokens: usize,
+    (n_tokens, n_calls): (usize, usize),
     dim: usize,
 ) -> Row {
     let n_head = 16;
     let state_len = n_head * dim * dim;
-    let n_seqs = if n_tokens == 1 {
+    let single = n_tokens * n_calls == 1;
+    let n_seqs = if single {
         COLD_BYTES.div_ceil(state_len * 4)
     } else {
         1
     };
     let mut states = vec![0.0; n_seqs * state_len];
-    let q = noise(n_tokens * n_head * dim, 1);
-    let k = noise(n_tokens * n_head * dim, 2);
-    let v = noise(n_tokens * n_head * dim, 3);
-    let g: Vec<f32> = noise(n_tokens * n_head, 4)
+    let n_all = n_tokens * n_calls;
+    let q = noise(n_all * n_head * dim, 1);
+    let k = noise(n_all * n_head * dim, 2);
+    let v = noise(n_all * n_head * dim, 3);
+    let g: Vec<f32> = noise(n_all * n_head, 4)
         .iter()
         .map(|x| -0.05 * (1.0 + x))
         .collect();
-    let beta: Vec<f32> = noise(n_tokens * n_head, 5)
+    let beta: Vec<f32> = noise(n_all * n_head, 5)
         .iter()
         .map(|x| 0.5 + 0.4 * x)
         .collect();
-    let mut out = vec![0.0; n_tokens * n_head * dim];
+    let mut out = vec![0.0; n_all * n_head * dim];
+    let (per_call, gates) = (n_tokens * n_head * dim, n_tokens * n_head);
     let seconds = fastest(pool, || {
         for state in states.chunks_exact_mut(state_len) {
-            let seq = Recur {
-                rule,
-                n_tokens,
-                n_head,
-                n_head_k: n_head,
-                head_dim_k: dim,
-                head_dim_v: dim,
-                q: Numbers::F32(&q),
-                k: Numbers::F32(&k),
-                v: Numbers::F32(&v),
-                g: Numbers::F32(if rule == Rule::Delta { &[] } else { &g }),
-                beta: Numbers::F32(&beta),
-                resets: &[],
-                state,
-                out: &mut out,
-            };
-            recur(pool, form, &mut [seq]);
+            for (call, out) in out.chunks_exact_mut(per_call).enumerate() {
+                let gate = call * gates..(call + 1) * gates;
+                let row = call * per_call..(call + 1) * per_call;
+                let seq = Recur {
+                    rule,
+                    n_tokens,
+                    n_head,
+                    n_head_k: n_head,
+                    head_dim_k: dim,
+                    head_dim_v: dim,
+                    q: Numbers::F32(&q[row.clone()]),
+                    k: Numbers::F32(&k[row.clone()]),
+                    v: Numbers::F32(&v[row]),
+                    g: Numbers::F32(if rule == Rule::Delta {
+                        &[]
+                    } else {
+                        &g[gate.clone()]
+                    }),
+                    beta: Numbers::F32(&beta[gate]),
+                    resets: &[],
+                    state,
+                    out,
+                };
+                recur(pool, form, &mut [seq]);
+            }
         }
     }) / n_seqs as f64;
     // Products of the recurrent form: S^T k (not in Ssd), the write, S^T q.
     let per_token = if rule == Rule::Ssd { 2 } else { 3 };
-    let graph = match rule {
-        Rule::Ssd => ggml::ssm_scan(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
-        _ => ggml::gated_delta_net(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
+    let ggml = if n_calls > 1 {
+        f64::NAN
+    } else {
+        let graph = match rule {
+            Rule::Ssd => ggml::ssm_scan(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
+            _ => ggml::gated_delta_net(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
+        };
+        fastest(pool, || graph.run()) / n_seqs as f64
     };
-    let ggml = fastest(pool, || graph.run()) / n_seqs as f64;
     Row {
         name,
         threads: pool.n_threads(),
         seconds,
         ggml,
-        tokens: n_tokens as f64,
-        flops: (n_tokens * per_token * 2 * state_len) as f64,
-        bytes: if n_tokens == 1 {
+        tokens: n_all as f64,
+        flops: (n_all * per_token * 2 * state_len) as f64,
+        bytes: if single {
             (2 * state_len * 4) as f64
         } else {
             0.0
@@ -375,9 +395,9 @@ fn report(rows: &[Row], peaks: &[Peak]) {
         );
     }
     println!(
-        "\n| op | threads | ms | tokens/s | GFLOP/s | of peak | GB/s | of peak | vs 1 thread | vs recurrent | ggml ms | vs ggml |"
+        "\n| op | threads | ms | tokens/s | GFLOP/s | of peak | GB/s | of peak | vs 1 thread | vs recurrent | vs one by one | ggml ms | vs ggml |"
     );
-    println!("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
+    println!("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
     let mut json = Vec::new();
     for row in rows {
         let peak = &peaks[row.threads - 1];
@@ -393,12 +413,16 @@ fn report(rows: &[Row], peaks: &[Peak]) {
         } else {
             peak.fma
         };
-        let recurrent = row.name.replace("Chunked", "Recurrent");
-        let recurrent = if recurrent == row.name {
-            f64::NAN
-        } else {
-            same(&recurrent, row.threads)
+        let than = |name: String| match name == row.name {
+            true => f64::NAN,
+            false => same(&name, row.threads),
         };
+        let recurrent = than(row.name.replace("Chunked", "Recurrent"));
+        let one_by_one = than(
+            row.name
+                .replace("Chunked", "Recurrent")
+                .replace("1024 tokens d", "1024 tokens one by one d"),
+        );
         let ggml = row.ggml * 1e3;
         let cells = [
             format!("{:.3}", row.seconds * 1e3),
@@ -409,6 +433,7 @@ fn report(rows: &[Row], peaks: &[Peak]) {
             known(bytes, format!("{:.0} %", 100.0 * bytes / peak.read)),
             format!("{:.2}", same(&row.name, 1)),
             known(recurrent, format!("{recurrent:.2}")),
+            known(one_by_one, format!("{one_by_one:.2}")),
             known(ggml, format!("{ggml:.3}")),
             known(ggml, format!("{:.2}", row.ggml / row.seconds)),
         ];

@@ -290,15 +290,30 @@ pub(crate) fn prefetch<T>(x: &[T], first: usize, n: usize) {
     let _ = (x, first, n);
 }
 
+/// Asks for the cache lines of a row that will be written, which may lie anywhere.
+#[inline(always)]
+pub(crate) fn prefetch_to_write(row: *mut f32, n: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for i in (0..n).step_by(16) {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        // SAFETY: every x86-64 has it; a prefetch never faults and changes no value.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(i).cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (row, n);
+}
+
 /// `M`, and `(I + L)^-1` where the rule has one, from `K K^T` and `Q K^T`.
 #[inline(always)]
 fn triangles(w: &mut Small, rule: Rule) {
     for i in 0..STEP {
-        // One vector loop over a whole row costs less than stopping at the diagonal.
+        // One vector loop over a whole row costs less than stopping at the diagonal; and reading every
+        // number, wanted or not, less than reading some.
         let mut decay = [0f32; STEP];
         for j in 0..STEP {
-            let past = j <= i && w.segment[j] == w.segment[i];
-            decay[j] = if past { exp(w.g[i] - w.g[j]) } else { 0.0 };
+            let past = (j <= i) & (w.segment[j] == w.segment[i]);
+            let factor = exp(w.g[i] - w.g[j]);
+            decay[j] = if past { factor } else { 0.0 };
         }
         let qk = &w.x[(STEP + i) * STEP..][..STEP];
         let m = &mut w.m[i * STEP..][..STEP];
@@ -373,6 +388,9 @@ unsafe fn step(
     for (slice, s) in c.s.chunks_exact_mut(dim_k * SLICE).enumerate() {
         let first = slice * SLICE;
         let width = SLICE.min(x.head_dim_v - first);
+        for i in 0..n {
+            prefetch_to_write(out.wrapping_add(i * x.out_stride + first), width);
+        }
         product(&rows, kq, s.as_ptr(), w.held[skip * SLICE..].as_mut_ptr());
         let (ks, o) = w.held.split_at_mut(STEP * SLICE);
         // Ssd writes its right side as it is.
@@ -383,30 +401,31 @@ unsafe fn step(
         };
         for i in 0..n {
             let at = ((start + i) * x.n_head_k + head_k) * x.head_dim_v + first;
-            let r = &mut r[i * SLICE..][..SLICE];
-            r[..width].copy_from_slice(&x.v[at..at + width]);
-            r[width..].fill(0.0);
+            let v = &x.v[at..at + width];
+            let (r, rest) = r[i * SLICE..][..SLICE].split_at_mut(width);
             let (beta, decay) = (w.beta[i], w.from_state[i]);
+            // `width` is not known to the compiler, which is as well: it makes vectors of such a loop,
+            // and 32 single numbers of one over a whole row.
             if rule == Rule::Ssd {
-                for j in 0..SLICE {
-                    r[j] *= beta;
+                for j in 0..width {
+                    r[j] = beta * v[j];
                 }
             } else {
-                let ks = &ks[i * SLICE..][..SLICE];
-                for j in 0..SLICE {
-                    r[j] = beta * (r[j] - decay * ks[j]);
+                let ks = &ks[i * SLICE..][..width];
+                for j in 0..width {
+                    r[j] = beta * (v[j] - decay * ks[j]);
                 }
+            }
+            if !rest.is_empty() {
+                rest.fill(0.0);
             }
         }
         r[n * SLICE..].fill(0.0);
         if rule != Rule::Ssd {
             product(&lower, w.t.as_ptr(), w.r.as_ptr(), w.e.as_mut_ptr());
         }
-        for i in 0..n {
-            let o = &mut o[i * SLICE..][..SLICE];
-            for j in 0..SLICE {
-                o[j] *= w.from_state[i];
-            }
+        for (o, factor) in o.chunks_exact_mut(SLICE).zip(&w.from_state[..n]) {
+            scale(o, *factor);
         }
         let add = Product { keep: 1.0, ..lower };
         product(&add, w.m.as_ptr(), w.e.as_ptr(), o.as_mut_ptr());
@@ -417,11 +436,8 @@ unsafe fn step(
                 to.copy_from_nonoverlapping(o[i * SLICE..][..width].as_ptr(), width);
             }
         }
-        for i in 0..STEP {
-            let e = &mut w.e[i * SLICE..][..SLICE];
-            for j in 0..SLICE {
-                e[j] *= w.to_end[i];
-            }
+        for (e, factor) in w.e.chunks_exact_mut(SLICE).zip(&w.to_end) {
+            scale(e, *factor);
         }
         let update = Product {
             m: dim_k,
@@ -431,6 +447,16 @@ unsafe fn step(
             ..rows
         };
         product(&update, c.kt.as_ptr(), w.e.as_ptr(), s.as_mut_ptr());
+    }
+}
+
+/// A row times a number.
+#[inline(always)]
+fn scale(row: &mut [f32], factor: f32) {
+    // Unknown to the compiler, or it unrolls the row and goes down the columns with gathers and scatters.
+    let len = std::hint::black_box(row.len());
+    for x in &mut row[..len] {
+        *x *= factor;
     }
 }
 

@@ -1,7 +1,7 @@
 //! The recurrent form strip by strip: some columns of a head's state go through many tokens while a
 //! fast cache holds them, then the next columns. The arithmetic of a strip is the instruction set's.
 
-use super::chunk::{self, prefetch};
+use super::chunk::{self, prefetch, prefetch_to_write};
 use super::{Inputs, Rule, further_scales, inverse_norm};
 use crate::mul_mat::buffer::Buffer;
 use std::cell::RefCell;
@@ -209,15 +209,5 @@ unsafe fn piece(
             // SAFETY: a row of `out`, by the caller's promise.
             unsafe { to.copy_from_nonoverlapping(first_out.add(t * dim_v), dim_v) }
         }
-    }
-}
-
-/// Asks for the cache lines of a row that will be written, which may lie anywhere.
-#[inline(always)]
-fn prefetch_to_write(row: *mut f32, n: usize) {
-    use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
-    for i in (0..n).step_by(16) {
-        // SAFETY: every x86-64 has it; a prefetch never faults and changes no value.
-        unsafe { _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(i).cast()) }
     }
 }
