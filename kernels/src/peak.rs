@@ -28,7 +28,34 @@ pub struct Peak {
 impl Peak {
     /// Measures all of it with the pool's threads, best of `n_rounds` rounds each.
     pub fn measure(pool: &Pool, n_rounds: usize) -> Peak {
-        let buffers: Vec<Buffer> = (0..pool.n_threads())
+        let meter = Meter::new(pool);
+        let first = meter.round();
+        (1..n_rounds).fold(first, |best, _| best.max(meter.round()))
+    }
+
+    /// The better rate of both, figure by figure.
+    pub fn max(self, other: Peak) -> Peak {
+        Peak {
+            n_threads: self.n_threads,
+            read: self.read.max(other.read),
+            fma: self.fma.max(other.fma),
+            int8: self.int8.max(other.int8),
+            int8_amx: self.int8_amx.max(other.int8_amx),
+        }
+    }
+}
+
+/// Measures rates now and again: where neighbours come and go, right beside what they are compared with.
+pub struct Meter<'p> {
+    pool: &'p Pool,
+    /// What each thread reads.
+    buffers: Vec<Buffer>,
+}
+
+impl<'p> Meter<'p> {
+    /// A meter of the pool's threads; it holds 256 MiB for each of them.
+    pub fn new(pool: &'p Pool) -> Meter<'p> {
+        let buffers = (0..pool.n_threads())
             .map(|_| {
                 let mut buffer = Buffer::zeroed(SWEEP_BYTES);
                 // Memory never written to is one page of zeros, which lies in the cache.
@@ -36,7 +63,12 @@ impl Peak {
                 buffer
             })
             .collect();
-        let rate = |work: f64, f: &(dyn Fn(usize) + Sync)| rate(pool, n_rounds, work, f);
+        Meter { pool, buffers }
+    }
+
+    /// One round of every figure.
+    pub fn round(&self) -> Peak {
+        let rate = |work: f64, f: &(dyn Fn(usize) + Sync)| rate(self.pool, work, f);
         let of = |kernel: Option<(unsafe fn(), f64)>| match kernel {
             // SAFETY: `kernels` lists only what the best instruction set includes.
             Some((f, work)) => rate(work, &|_| unsafe { f() }),
@@ -44,9 +76,9 @@ impl Peak {
         };
         let kernels = kernels(best());
         Peak {
-            n_threads: pool.n_threads(),
+            n_threads: self.pool.n_threads(),
             read: rate(SWEEP_BYTES as f64, &|thread| {
-                black_box(sweep(&buffers[thread]));
+                black_box(sweep(&self.buffers[thread]));
             }),
             fma: of(kernels.fma),
             int8: of(kernels.int8),
@@ -61,23 +93,17 @@ const SWEEP_BYTES: usize = 256 << 20;
 const ROUND: Duration = Duration::from_millis(100);
 
 /// Work per second of all threads, where one call of `f` on one thread is `work`.
-fn rate(pool: &Pool, n_rounds: usize, work: f64, f: &(dyn Fn(usize) + Sync)) -> f64 {
+fn rate(pool: &Pool, work: f64, f: &(dyn Fn(usize) + Sync)) -> f64 {
     let mut calls = 1;
-    let mut best = 0.0f64;
-    let mut round = 0;
-    while round < n_rounds {
+    loop {
         let start = Instant::now();
         pool.run(|thread| (0..calls).for_each(|_| f(thread)));
         let took = start.elapsed();
-        if took < ROUND {
-            calls *= 2;
-            continue;
+        if took >= ROUND {
+            return work * (calls * pool.n_threads()) as f64 / took.as_secs_f64();
         }
-        let work = work * (calls * pool.n_threads()) as f64;
-        best = best.max(work / took.as_secs_f64());
-        round += 1;
+        calls *= 2;
     }
-    best
 }
 
 /// Reads every byte, in the order and width in which kernels read weights.
@@ -85,7 +111,12 @@ fn sweep(bytes: &[u8]) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if best() >= Isa::Avx512 {
         // SAFETY: the instruction set is there.
-        return unsafe { x86::sweep(bytes) };
+        return unsafe { x86::sweep_512(bytes) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if best() >= Isa::Avx2 {
+        // SAFETY: as above.
+        return unsafe { x86::sweep_256(bytes) };
     }
     let mut lanes = [0u64; 32];
     for run in bytes.as_chunks::<256>().0 {
@@ -141,7 +172,7 @@ mod x86 {
     pub(super) const STEPS: usize = 100_000;
 
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn sweep(bytes: &[u8]) -> u64 {
+    pub(super) unsafe fn sweep_512(bytes: &[u8]) -> u64 {
         let mut lanes = [_mm512_setzero_si512(); 4];
         for run in bytes.as_chunks::<256>().0 {
             for (i, lane) in lanes.iter_mut().enumerate() {
@@ -155,6 +186,26 @@ mod x86 {
         let [a, b, c, d] = lanes;
         let all = _mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d));
         _mm512_reduce_or_epi64(all) as u64
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn sweep_256(bytes: &[u8]) -> u64 {
+        let mut lanes = [_mm256_setzero_si256(); 8];
+        for run in bytes.as_chunks::<256>().0 {
+            for (i, lane) in lanes.iter_mut().enumerate() {
+                let at = run[32 * i..].as_ptr();
+                if i % 2 == 0 {
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(4096).cast());
+                }
+                // SAFETY: 32 bytes of this run.
+                let v = unsafe { _mm256_loadu_si256(at.cast()) };
+                *lane = _mm256_xor_si256(*lane, v);
+            }
+        }
+        let all = lanes
+            .into_iter()
+            .fold(_mm256_setzero_si256(), |a, b| _mm256_or_si256(a, b));
+        _mm256_extract_epi64::<0>(all) as u64
     }
 
     /// A loop of twelve independent instructions, enough to hide a latency of five at two per

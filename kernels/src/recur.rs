@@ -9,6 +9,7 @@
 //! then `out = S^T q`, after the write. Two forms: token by token, and in chunks of
 //! [`CHUNK`] tokens whose inside is matrix products.
 
+mod ahead;
 pub(crate) mod chunk;
 mod numbers;
 #[cfg(target_arch = "x86_64")]
@@ -18,8 +19,10 @@ use crate::cpu;
 use crate::dispatch::{self, Isa};
 use crate::pool::Pool;
 use crate::split::SplitMut;
+use ahead::Ahead;
 pub use numbers::Numbers;
 use numbers::{PIECE, Stored, Widened};
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Most tokens in a chunk of the chunked form.
@@ -169,9 +172,24 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
                 let together = if gathered { 1 } else { heads.len() };
                 for first in (0..heads.len()).step_by(together) {
                     let some = heads.start + first..heads.start + first + together;
-                    Widened::with(stored, some, tokens.clone(), |x| {
+                    let out = out.wrapping_add(first * stored.head_dim_v);
+                    // The next head's rows of these tokens, or the first head's of the next.
+                    let (next, then) = if first + together < heads.len() {
+                        (some.end, tokens.clone())
+                    } else {
+                        let end = stored.n_tokens.min(tokens.end + PIECE);
+                        (heads.start, tokens.end..end)
+                    };
+                    let ahead = gathered.then(|| Ahead {
+                        stored,
+                        head: next,
+                        tokens: then,
+                        out,
+                        n_rows: tokens.len(),
+                        asked: Cell::new(0),
+                    });
+                    Widened::with(stored, some, tokens.clone(), ahead.as_ref(), |x| {
                         let state = &mut state[first * len..][..together * len];
-                        let out = out.wrapping_add(first * stored.head_dim_v);
                         run(x, 0..together, state, out);
                     });
                 }
@@ -271,6 +289,18 @@ pub(crate) struct Inputs<'a> {
     pub(crate) resets: &'a [usize],
     /// Numbers from a token's row of the output to the next token's.
     pub(crate) out_stride: usize,
+    /// What to ask for meanwhile.
+    pub(crate) ahead: Option<&'a Ahead<'a>>,
+}
+
+impl Inputs<'_> {
+    /// [`Ahead::ask`], if there is anything to ask for.
+    #[inline(always)]
+    pub(crate) fn ask(&self) {
+        if let Some(ahead) = self.ahead {
+            ahead.ask();
+        }
+    }
 }
 
 fn check(seq: &Recur<'_>) {

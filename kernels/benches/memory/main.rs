@@ -1,6 +1,6 @@
-//! Times `attend` and `recur` against what this machine can do: read bandwidth and F32 FMA peak,
-//! both measured here, in the same run, and against ggml's ops on the same shapes. One Markdown
-//! table, then one JSON line.
+//! Times `attend` and `recur` against what this machine can do, read bandwidth and F32 FMA peak, both
+//! measured in turns with the kernel, and against ggml's ops on the same shapes. One Markdown table,
+//! then one JSON line.
 //!
 //! `cargo bench -p mneme-kernels --bench memory --features ggml-sys/native [-- filter]`:
 //! without `native` ggml is compiled for any processor, and slow.
@@ -11,7 +11,7 @@ mod ggml;
 
 use mneme_kernels::attend::{KvType, PAGE_CELLS, Page, PageLayout, Sequence, Visible, attend};
 use mneme_kernels::dispatch::{self, Isa};
-use mneme_kernels::peak::Peak;
+use mneme_kernels::peak::{Meter, Peak};
 use mneme_kernels::pool::Pool;
 use mneme_kernels::recur::{Form, Numbers, Recur, Rule, recur};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,6 +24,8 @@ struct Row {
     name: String,
     threads: usize,
     seconds: f64,
+    /// What the machine could do at the time.
+    peak: Peak,
     /// Seconds of ggml's op; NaN where it has none.
     ggml: f64,
     tokens: f64,
@@ -35,24 +37,24 @@ fn main() {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-'));
     let wanted = |name: &str| filter.as_ref().is_none_or(|f| name.contains(f.as_str()));
     let pools = [Pool::new(1), Pool::new(2)];
-    let mut peaks = [0, 1].map(|i| Peak::measure(&pools[i], 2));
+    let meters = [0, 1].map(|i| Meter::new(&pools[i]));
     let mut rows = Vec::new();
-    for pool in &pools {
+    for (pool, meter) in pools.iter().zip(&meters) {
         for ty in [KvType::F16, KvType::BF16, KvType::Q8_0] {
             let name = format!("attend decode 16k {}", ty.name());
             if wanted(&name) {
-                rows.push(decode(pool, name, ty, 16384, COLD_BYTES));
+                rows.push(decode(meter, pool, name, ty, 16384, COLD_BYTES));
             }
             let name = format!("attend decode 2k in cache {}", ty.name());
             if wanted(&name) {
-                rows.push(decode(pool, name, ty, 2048, 1));
+                rows.push(decode(meter, pool, name, ty, 2048, 1));
             }
         }
         for ty in [KvType::F16, KvType::Q8_0] {
             for cells in [4096, 16384, 65536] {
                 let name = format!("attend prefill 512 over {}k {}", cells / 1024, ty.name());
                 if wanted(&name) {
-                    rows.push(prefill(pool, name, ty, cells, cells as u64, 0));
+                    rows.push(prefill(meter, pool, name, ty, cells, cells as u64, 0));
                 }
             }
             for total in [4096, 16384, 131_072] {
@@ -62,7 +64,7 @@ fn main() {
                     ty.name()
                 );
                 if wanted(&name) {
-                    rows.push(prefill(pool, name, ty, total, 2048, 0));
+                    rows.push(prefill(meter, pool, name, ty, total, 2048, 0));
                 }
                 // A node for every 64 tokens before them.
                 let nodes = total / 64;
@@ -72,7 +74,7 @@ fn main() {
                     ty.name()
                 );
                 if wanted(&name) {
-                    rows.push(prefill(pool, name, ty, total, 512, nodes));
+                    rows.push(prefill(meter, pool, name, ty, total, 512, nodes));
                 }
             }
         }
@@ -89,20 +91,35 @@ fn main() {
                         _ => format!("recur {rule:?} {form:?} {calls} tokens one by one d={dim}"),
                     };
                     if wanted(&name) {
-                        rows.push(recurrence(pool, name, rule, form, (n, calls), dim));
+                        rows.push(recurrence(meter, pool, name, rule, form, (n, calls), dim));
                     }
                 }
             }
         }
     }
-    // Neighbours come and go: a peak is the best seen.
-    for (peak, pool) in peaks.iter_mut().zip(&pools) {
-        let now = Peak::measure(pool, 2);
-        peak.read = peak.read.max(now.read);
-        peak.fma = peak.fma.max(now.fma);
-        peak.int8 = peak.int8.max(now.int8);
+    report(&rows);
+}
+
+/// Seconds of the fastest of several rounds of ours and of ggml's op (NaN where it has none), and the
+/// machine's peaks, all in turns: neighbours come and go.
+fn side_by_side(
+    meter: &Meter<'_>,
+    pool: &Pool,
+    mut ours: impl FnMut(),
+    ggml: Option<&ggml::Graph>,
+) -> (f64, f64, Peak) {
+    let theirs = || ggml.map_or(f64::NAN, |graph| fastest(pool, || graph.run()));
+    let (mut seconds, mut others) = (fastest(pool, &mut ours), theirs());
+    let mut peak = meter.round();
+    // What takes many seconds is measured once.
+    if seconds + others.max(0.0) < 4.0 {
+        for _ in 0..2 {
+            seconds = seconds.min(fastest(pool, &mut ours));
+            others = others.min(theirs());
+            peak = peak.max(meter.round());
+        }
     }
-    report(&rows, &peaks);
+    (seconds, others, peak)
 }
 
 /// Seconds of the fastest of several rounds. With `--processor-time`, seconds of processor of the
@@ -126,7 +143,7 @@ fn fastest(pool: &Pool, mut f: impl FnMut()) -> f64 {
     // What takes a second needs no more warming, and what takes many was measured once.
     let (mut best, long, mut n) = (f64::INFINITY, first > 1.0, 0);
     let start = Instant::now();
-    while n == 0 || start.elapsed().as_secs_f64() < 0.5 || (n < 3 && !long) {
+    while n == 0 || start.elapsed().as_secs_f64() < 0.25 || (n < 3 && !long) {
         let before = clocks();
         let t = Instant::now();
         f();
@@ -197,7 +214,14 @@ fn pages(layout: &PageLayout, n: usize) -> Vec<Page> {
 }
 
 /// One query a call, on `total` bytes of sequences in turn.
-fn decode(pool: &Pool, name: String, ty: KvType, cells: usize, total: usize) -> Row {
+fn decode(
+    meter: &Meter<'_>,
+    pool: &Pool,
+    name: String,
+    ty: KvType,
+    cells: usize,
+    total: usize,
+) -> Row {
     let (layout, n_head) = layout(ty);
     let per_seq = cells / PAGE_CELLS;
     let n_seqs = total.div_ceil(per_seq * layout.page_bytes());
@@ -205,7 +229,8 @@ fn decode(pool: &Pool, name: String, ty: KvType, cells: usize, total: usize) -> 
     let views: Vec<&[u8]> = pages.iter().map(|page| &page[..]).collect();
     let q = noise(n_head * 128, 3);
     let mut out = vec![0.0; n_head * 128];
-    let seconds = fastest(pool, || {
+    let graph = ggml::flash_attn(ty, (n_head, 2, 128), 1, cells, n_seqs, pool.n_threads());
+    let ours = || {
         for raw in views.chunks_exact(per_seq) {
             let seq = Sequence {
                 q: &q,
@@ -223,14 +248,14 @@ fn decode(pool: &Pool, name: String, ty: KvType, cells: usize, total: usize) -> 
             };
             attend(pool, &layout, n_head, 0.088, &mut [seq]);
         }
-    }) / n_seqs as f64;
-    drop(pages);
-    let graph = ggml::flash_attn(ty, (n_head, 2, 128), 1, cells, n_seqs, pool.n_threads());
-    let ggml = fastest(pool, || graph.run()) / n_seqs as f64;
+    };
+    let (seconds, ggml, peak) = side_by_side(meter, pool, ours, Some(&graph));
+    let (seconds, ggml) = (seconds / n_seqs as f64, ggml / n_seqs as f64);
     Row {
         name,
         threads: pool.n_threads(),
         seconds,
+        peak,
         ggml,
         tokens: 1.0,
         flops: (cells * n_head * 256 * 2) as f64,
@@ -239,7 +264,15 @@ fn decode(pool: &Pool, name: String, ty: KvType, cells: usize, total: usize) -> 
 }
 
 /// 512 queries at the end of `total` cells, each seeing the last `window` of them and `n_kept` others.
-fn prefill(pool: &Pool, name: String, ty: KvType, total: usize, window: u64, n_kept: usize) -> Row {
+fn prefill(
+    meter: &Meter<'_>,
+    pool: &Pool,
+    name: String,
+    ty: KvType,
+    total: usize,
+    window: u64,
+    n_kept: usize,
+) -> Row {
     let (layout, n_head) = layout(ty);
     let n_q = 512;
     let pages = pages(&layout, total.div_ceil(PAGE_CELLS));
@@ -259,7 +292,10 @@ fn prefill(pool: &Pool, name: String, ty: KvType, total: usize, window: u64, n_k
     let seen = |v: &Visible| v.raw_end - v.raw_begin + u64::from(v.n_kept);
     let seen: u64 = visible.iter().map(seen).sum();
     let mut out = vec![0.0; n_q * n_head * 128];
-    let seconds = fastest(pool, || {
+    // ggml has no window, only a mask.
+    let graph = (window >= total as u64)
+        .then(|| ggml::flash_attn(ty, (n_head, 2, 128), n_q, total, 1, pool.n_threads()));
+    let ours = || {
         let seq = Sequence {
             q: &q,
             visible: &visible,
@@ -271,18 +307,13 @@ fn prefill(pool: &Pool, name: String, ty: KvType, total: usize, window: u64, n_k
             out: &mut out,
         };
         attend(pool, &layout, n_head, 0.088, &mut [seq]);
-    });
-    // ggml has no window, only a mask.
-    let ggml = if window < total as u64 {
-        f64::NAN
-    } else {
-        let graph = ggml::flash_attn(ty, (n_head, 2, 128), n_q, total, 1, pool.n_threads());
-        fastest(pool, || graph.run())
     };
+    let (seconds, ggml, peak) = side_by_side(meter, pool, ours, graph.as_ref());
     Row {
         name,
         threads: pool.n_threads(),
         seconds,
+        peak,
         ggml,
         tokens: n_q as f64,
         flops: seen as f64 * (n_head * 256 * 2) as f64,
@@ -293,6 +324,7 @@ fn prefill(pool: &Pool, name: String, ty: KvType, total: usize, window: u64, n_k
 /// 16 heads, some calls of some tokens each. A single token walks through states that no cache holds;
 /// many calls of one token are a prompt read by decode's means, each from where the last one ended.
 fn recurrence(
+    meter: &Meter<'_>,
     pool: &Pool,
     name: String,
     rule: Rule,
@@ -323,7 +355,11 @@ fn recurrence(
         .collect();
     let mut out = vec![0.0; n_all * n_head * dim];
     let (per_call, gates) = (n_tokens * n_head * dim, n_tokens * n_head);
-    let seconds = fastest(pool, || {
+    let graph = (n_calls == 1).then(|| match rule {
+        Rule::Ssd => ggml::ssm_scan(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
+        _ => ggml::gated_delta_net(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
+    });
+    let ours = || {
         for state in states.chunks_exact_mut(state_len) {
             for (call, out) in out.chunks_exact_mut(per_call).enumerate() {
                 let gate = call * gates..(call + 1) * gates;
@@ -351,22 +387,16 @@ fn recurrence(
                 recur(pool, form, &mut [seq]);
             }
         }
-    }) / n_seqs as f64;
+    };
+    let (seconds, ggml, peak) = side_by_side(meter, pool, ours, graph.as_ref());
+    let (seconds, ggml) = (seconds / n_seqs as f64, ggml / n_seqs as f64);
     // Products of the recurrent form: S^T k (not in Ssd), the write, S^T q.
     let per_token = if rule == Rule::Ssd { 2 } else { 3 };
-    let ggml = if n_calls > 1 {
-        f64::NAN
-    } else {
-        let graph = match rule {
-            Rule::Ssd => ggml::ssm_scan(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
-            _ => ggml::gated_delta_net(dim, n_head, n_tokens, n_seqs, pool.n_threads()),
-        };
-        fastest(pool, || graph.run()) / n_seqs as f64
-    };
     Row {
         name,
         threads: pool.n_threads(),
         seconds,
+        peak,
         ggml,
         tokens: n_all as f64,
         flops: (n_all * per_token * 2 * state_len) as f64,
@@ -383,11 +413,15 @@ fn known(figure: f64, text: String) -> String {
     if figure > 0.0 { text } else { String::new() }
 }
 
-fn report(rows: &[Row], peaks: &[Peak]) {
-    for (i, peak) in peaks.iter().enumerate() {
+fn report(rows: &[Row]) {
+    let with = |threads: usize| rows.iter().filter(move |row| row.threads == threads);
+    let peaks: Vec<Peak> = (1..=2)
+        .filter_map(|threads| with(threads).map(|row| row.peak).reduce(Peak::max))
+        .collect();
+    for peak in &peaks {
         println!(
-            "{} thread(s), {}: read {:.1} GB/s, F32 FMA {:.0} GFLOP/s, int8 {:.0} GOP/s",
-            i + 1,
+            "{} thread(s), {}, at best: read {:.1} GB/s, F32 FMA {:.0} GFLOP/s, int8 {:.0} GOP/s",
+            peak.n_threads,
             dispatch::best().name(),
             peak.read / 1e9,
             peak.fma / 1e9,
@@ -400,7 +434,7 @@ fn report(rows: &[Row], peaks: &[Peak]) {
     println!("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
     let mut json = Vec::new();
     for row in rows {
-        let peak = &peaks[row.threads - 1];
+        let peak = &row.peak;
         let (flops, bytes) = (row.flops / row.seconds, row.bytes / row.seconds);
         let same = |name: &str, threads: usize| -> f64 {
             let other = |r: &&Row| r.name == name && r.threads == threads;
@@ -439,7 +473,7 @@ fn report(rows: &[Row], peaks: &[Peak]) {
         ];
         println!("| {} | {} | {} |", row.name, row.threads, cells.join(" | "));
         json.push(format!(
-            r#"{{"op":"{}","threads":{},"ms":{:.4},"tokens_s":{:.1},"gflop_s":{:.2},"gb_s":{:.2},"ggml_ms":{}}}"#,
+            r#"{{"op":"{}","threads":{},"ms":{:.4},"tokens_s":{:.1},"gflop_s":{:.2},"gb_s":{:.2},"ggml_ms":{},"read_gb_s":{:.2},"fma_gflop_s":{:.1}}}"#,
             row.name,
             row.threads,
             row.seconds * 1e3,
@@ -447,6 +481,8 @@ fn report(rows: &[Row], peaks: &[Peak]) {
             flops / 1e9,
             bytes / 1e9,
             if ggml.is_nan() { "null".to_string() } else { format!("{ggml:.4}") },
+            peak.read / 1e9,
+            peak.fma / 1e9,
         ));
     }
     let peaks: Vec<String> = peaks

@@ -388,9 +388,6 @@ unsafe fn step(
     for (slice, s) in c.s.chunks_exact_mut(dim_k * SLICE).enumerate() {
         let first = slice * SLICE;
         let width = SLICE.min(x.head_dim_v - first);
-        for i in 0..n {
-            prefetch_to_write(out.wrapping_add(i * x.out_stride + first), width);
-        }
         product(&rows, kq, s.as_ptr(), w.held[skip * SLICE..].as_mut_ptr());
         let (ks, o) = w.held.split_at_mut(STEP * SLICE);
         // Ssd writes its right side as it is.
@@ -400,6 +397,7 @@ unsafe fn step(
             &mut w.r
         };
         for i in 0..n {
+            x.ask();
             let at = ((start + i) * x.n_head_k + head_k) * x.head_dim_v + first;
             let v = &x.v[at..at + width];
             let (r, rest) = r[i * SLICE..][..SLICE].split_at_mut(width);

@@ -1,6 +1,7 @@
 //! Inputs of 16 bits: the rows of a few heads become F32 on their way in, so that every kernel is
 //! written once, for F32.
 
+use super::ahead::Ahead;
 use super::chunk::prefetch;
 use super::{CHUNK, Inputs, Recur, Rule};
 use half::slice::HalfFloatSliceExt;
@@ -119,7 +120,17 @@ impl<'a> Stored<'a> {
             beta: self.beta.as_f32()?,
             resets: self.resets,
             out_stride: self.n_head * self.head_dim_v,
+            ahead: None,
         })
+    }
+
+    /// Asks for a token's rows of a head, for the L2 cache.
+    pub(super) fn fetch(&self, head: usize, t: usize) {
+        let (dim_k, dim_v) = (self.head_dim_k, self.head_dim_v);
+        self.q.fetch((t * self.n_head + head) * dim_k, dim_k);
+        let at = t * self.n_head_k + head / (self.n_head / self.n_head_k);
+        self.k.fetch(at * dim_k, dim_k);
+        self.v.fetch(at * dim_v, dim_v);
     }
 }
 
@@ -144,6 +155,7 @@ impl Widened {
         x: &Stored<'_>,
         heads: Range<usize>,
         tokens: Range<usize>,
+        ahead: Option<&Ahead<'_>>,
         f: impl FnOnce(&Inputs<'_>),
     ) {
         WIDENED.with_borrow_mut(|w| {
@@ -190,6 +202,7 @@ impl Widened {
                 beta: &w.beta,
                 resets: &w.resets,
                 out_stride: x.n_head * dim_v,
+                ahead,
             });
         });
     }

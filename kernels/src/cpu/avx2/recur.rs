@@ -211,6 +211,7 @@ unsafe fn replace<const N: usize, const CUT: bool>(
     let mut resets = resets.iter().copied().peekable();
     let mut held: Option<Halves<N>> = None;
     for (i, token) in factors.iter().enumerate() {
+        x.ask();
         let t = start + i;
         let fresh = resets.next_if_eq(&t).is_some();
         let goes_on = N <= STRIP && i + 1 < factors.len() && resets.peek() != Some(&(t + 1));
@@ -357,6 +358,7 @@ unsafe fn add<const N: usize, const CUT: bool>(
     let mut resets = resets.iter().copied().peekable();
     let mut done = 0;
     while done < factors.len() {
+        x.ask();
         let t = start + done;
         let token = &factors[done];
         let fresh = resets.next_if_eq(&t).is_some();

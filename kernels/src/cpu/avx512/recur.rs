@@ -98,6 +98,7 @@ unsafe fn strip<const N: usize, const CUT: bool>(
     let mut held = None;
     let mut t = start;
     while t < end {
+        x.ask();
         let fresh = resets.next_if_eq(&t).is_some();
         let token = &factors[t - start];
         let next = t + 1;

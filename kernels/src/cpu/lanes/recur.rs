@@ -175,6 +175,7 @@ mod tests {
                 beta: &beta,
                 resets: &[33, 64],
                 out_stride: 2 * dim_v,
+                ahead: None,
             };
             let run = |f: crate::recur::RunHead| {
                 let mut state = noise(dim_k * dim_v, 6);
