@@ -20,6 +20,7 @@
 
 use super::{Inputs, Rule, further_scales, inverse_norm};
 use crate::mul_mat::buffer::Buffer;
+use std::array::from_fn;
 use std::cell::RefCell;
 
 /// Tokens that go through together: with more the triangles cost more, with fewer the walks over
@@ -263,17 +264,37 @@ fn transpose(from: &[f32], ld_from: usize, to: &mut [f32], ld_to: usize) {
     for (i, a) in a.iter_mut().enumerate() {
         a.copy_from_slice(&from[i * ld_from..][..BLOCK]);
     }
-    for half in [8, 4, 2, 1] {
-        for i in (0..BLOCK).filter(|i| i & half == 0) {
-            let (mut low, mut high) = (a[i], a[i + half]);
-            for j in (0..BLOCK).filter(|j| j & half == 0) {
-                std::mem::swap(&mut low[j + half], &mut high[j]);
-            }
-            (a[i], a[i + half]) = (low, high);
-        }
-    }
+    swap::<8>(&mut a);
+    swap::<4>(&mut a);
+    swap::<2>(&mut a);
+    swap::<1>(&mut a);
     for (i, a) in a.iter().enumerate() {
         to[i * ld_to..][..BLOCK].copy_from_slice(a);
+    }
+}
+
+/// Swaps the upper right with the lower left in every block of `2 HALF` by `2 HALF`.
+#[inline(always)]
+fn swap<const HALF: usize>(a: &mut [[f32; BLOCK]; BLOCK]) {
+    for i in 0..BLOCK {
+        if i & HALF == 0 {
+            let (low, high) = (a[i], a[i + HALF]);
+            // With `HALF` known these become shuffles of whole rows.
+            a[i] = from_fn(|j| {
+                if j & HALF == 0 {
+                    low[j]
+                } else {
+                    high[j - HALF]
+                }
+            });
+            a[i + HALF] = from_fn(|j| {
+                if j & HALF == 0 {
+                    low[j + HALF]
+                } else {
+                    high[j]
+                }
+            });
+        }
     }
 }
 
