@@ -12,7 +12,7 @@
 mod ahead;
 pub(crate) mod chunk;
 mod numbers;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) mod strips;
 
 use crate::cpu;

@@ -6,10 +6,6 @@
 //! these sets.
 
 pub(crate) mod add;
-#[cfg(any(test, target_arch = "aarch64"))]
-pub(crate) mod attend;
-#[cfg(any(test, target_arch = "aarch64"))]
-pub(crate) mod recur;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod swiglu;

@@ -155,9 +155,8 @@ pub(crate) fn attend(isa: Isa) -> Option<PageKernels> {
         Isa::Avx2 => Some(avx2::attend::KERNELS),
         #[cfg(target_arch = "x86_64")]
         Isa::AvxVnni => Some(avx2::attend::KERNELS_VNNI),
-        // NEON is part of every AArch64: the lanes need no further caller.
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => Some(lanes::attend::KERNELS),
+        Isa::Neon => Some(neon::attend::KERNELS),
         _ => None,
     }
 }
@@ -186,8 +185,8 @@ pub(crate) fn recur(isa: Isa) -> HeadKernels {
         },
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => HeadKernels {
-            recurrent: lanes::recur::recurrent,
-            chunked: Chunked::Head(lanes::recur::chunked),
+            recurrent: neon::recur::recurrent,
+            chunked: Chunked::Head(neon::recur::chunked),
             chunked_from: usize::MAX,
         },
         _ => HeadKernels {
