@@ -9,7 +9,8 @@
 # knows: tigerlake (AVX-512), sapphire_rapids (AMX too), arrow_lake (AVX-VNNI). A Bochs machine is booted with
 # the test in its memory; it runs some 25 million instructions a second, so that a test of a second takes
 # minutes. It has one processor, on which a pool's second thread would only spin: the test is built from a
-# copy whose pools have one thread.
+# copy whose pools have one thread. Bochs 3.0 multiplies the bytes of AMX tiles as unsigned numbers in all four
+# instructions: attention and matrix products on AMX fail there, where nothing but its BF16 tiles is right.
 #
 #     KERNEL   a Linux image to boot: 6.12 for the others, one that knows setcpuid= (6.15) for sapphire_rapids
 #     BOCHS    default bochs-bin, version 3.0 or later

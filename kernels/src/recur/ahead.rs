@@ -12,7 +12,7 @@ pub(crate) struct Ahead<'a> {
     /// Whose inputs come next; no tokens if none do.
     pub(super) head: usize,
     pub(super) tokens: Range<usize>,
-    /// The first row of the output of the work in hand, its numbers, and how many rows.
+    /// The first row of the output of the work in hand, and how many rows.
     pub(super) out: *mut f32,
     pub(super) n_rows: usize,
     /// Calls of [`Ahead::ask`] so far.

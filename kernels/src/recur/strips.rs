@@ -62,6 +62,49 @@ impl Part {
     }
 }
 
+/// Where the rows of a head's tokens lie, and a strip's part of its values.
+pub(crate) struct Rows<'a> {
+    x: &'a Inputs<'a>,
+    head: usize,
+    head_k: usize,
+    first: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Of a head, and the strip from column `first` on.
+    #[inline(always)]
+    pub(crate) fn new(x: &'a Inputs<'a>, head: usize, first: usize) -> Self {
+        let head_k = head / (x.n_head / x.n_head_k);
+        Rows {
+            x,
+            head,
+            head_k,
+            first,
+        }
+    }
+
+    /// Token `t`'s query.
+    #[inline(always)]
+    pub(crate) fn q(&self, t: usize) -> &'a [f32] {
+        let dim = self.x.head_dim_k;
+        &self.x.q[(t * self.x.n_head + self.head) * dim..][..dim]
+    }
+
+    /// Token `t`'s key.
+    #[inline(always)]
+    pub(crate) fn k(&self, t: usize) -> &'a [f32] {
+        let dim = self.x.head_dim_k;
+        &self.x.k[(t * self.x.n_head_k + self.head_k) * dim..][..dim]
+    }
+
+    /// The strip's columns of token `t`'s value.
+    #[inline(always)]
+    pub(crate) fn v(&self, t: usize) -> *const f32 {
+        let dim = self.x.head_dim_v;
+        self.x.v[(t * self.x.n_head_k + self.head_k) * dim..][self.first..dim].as_ptr()
+    }
+}
+
 /// Memory of a thread.
 struct Work {
     factors: Vec<Factors>,

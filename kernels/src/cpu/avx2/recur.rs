@@ -2,7 +2,7 @@
 //! memory, and the matrix product of the chunked form.
 
 use crate::recur::chunk::{self, Product};
-use crate::recur::strips::{self, Factors, Part, Widths};
+use crate::recur::strips::{self, Factors, Part, Rows, Widths};
 use crate::recur::{Inputs, Rule};
 use std::arch::x86_64::*;
 
@@ -146,42 +146,6 @@ impl<const N: usize, const CUT: bool> Vectors<N, CUT> {
     }
 }
 
-/// Where a token's rows lie.
-struct Rows<'a> {
-    x: &'a Inputs<'a>,
-    head: usize,
-    head_k: usize,
-    first: usize,
-}
-
-impl<'a> Rows<'a> {
-    fn new(x: &'a Inputs<'a>, head: usize, first: usize) -> Self {
-        let head_k = head / (x.n_head / x.n_head_k);
-        Rows {
-            x,
-            head,
-            head_k,
-            first,
-        }
-    }
-
-    fn q(&self, t: usize) -> *const f32 {
-        let dim = self.x.head_dim_k;
-        self.x.q[(t * self.x.n_head + self.head) * dim..][..dim].as_ptr()
-    }
-
-    fn k(&self, t: usize) -> *const f32 {
-        let dim = self.x.head_dim_k;
-        self.x.k[(t * self.x.n_head_k + self.head_k) * dim..][..dim].as_ptr()
-    }
-
-    /// The strip's columns of the value.
-    fn v(&self, t: usize) -> *const f32 {
-        let dim = self.x.head_dim_v;
-        self.x.v[(t * self.x.n_head_k + self.head_k) * dim..][self.first..dim].as_ptr()
-    }
-}
-
 /// What becomes of every number of the state: the same operations in the same order, however many
 /// tokens its way from memory is shared by.
 #[inline]
@@ -216,7 +180,7 @@ unsafe fn replace<const N: usize, const CUT: bool>(
         let fresh = resets.next_if_eq(&t).is_some();
         let goes_on = N <= STRIP && i + 1 < factors.len() && resets.peek() != Some(&(t + 1));
         let decay = if fresh { 0.0 } else { token.decay };
-        let (k, q) = (rows.k(t), rows.q(t));
+        let (k, q) = (rows.k(t).as_ptr(), rows.q(t).as_ptr());
         // SAFETY: `dim_k` rows of state, one of `v` and of `out`, all of the strip's width.
         unsafe {
             if fresh {
@@ -235,7 +199,7 @@ unsafe fn replace<const N: usize, const CUT: bool>(
             }
             let decay = _mm256_set1_ps(decay);
             let sum = if goes_on {
-                let k_next = rows.k(t + 1);
+                let k_next = rows.k(t + 1).as_ptr();
                 let (sum, held_next) =
                     pass::<N, CUT, true>(&vectors, part, dim_k, (k, q, k_next), decay, write);
                 held = Some(held_next);
@@ -364,7 +328,7 @@ unsafe fn add<const N: usize, const CUT: bool>(
         let fresh = resets.next_if_eq(&t).is_some();
         let next = factors.get(done + 1);
         let next = next.filter(|_| N <= STRIP && resets.peek() != Some(&(t + 1)));
-        let (k, q) = (rows.k(t), rows.q(t));
+        let (k, q) = (rows.k(t).as_ptr(), rows.q(t).as_ptr());
         // SAFETY: `dim_k` rows of state, one of `v` and of `out`, all of the strip's width.
         unsafe {
             if fresh {
@@ -383,7 +347,7 @@ unsafe fn add<const N: usize, const CUT: bool>(
             let mut sum = [zero; N];
             let to = part.out.add(done * part.ld_out);
             if let Some(next) = next {
-                let (k_next, q_next) = (rows.k(t + 1), rows.q(t + 1));
+                let (k_next, q_next) = (rows.k(t + 1).as_ptr(), rows.q(t + 1).as_ptr());
                 let decay_next = _mm256_set1_ps(next.decay);
                 let written_next = write(t + 1, next);
                 let mut sum_next = [zero; N];

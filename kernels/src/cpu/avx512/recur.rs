@@ -2,7 +2,7 @@
 //! memory, and the matrix product of the chunked form.
 
 use crate::recur::chunk::{self, Product};
-use crate::recur::strips::{self, Factors, Part, Widths};
+use crate::recur::strips::{self, Factors, Part, Rows, Widths};
 use crate::recur::{Inputs, Rule};
 use std::arch::x86_64::*;
 
@@ -71,7 +71,7 @@ unsafe fn strip<const N: usize, const CUT: bool>(
     start: usize,
     factors: &[Factors],
 ) {
-    let (dim_k, dim_v) = (x.head_dim_k, x.head_dim_v);
+    let dim_k = x.head_dim_k;
     let &Part {
         first,
         n,
@@ -80,7 +80,6 @@ unsafe fn strip<const N: usize, const CUT: bool>(
         out,
         ld_out,
     } = part;
-    let head_k = head / (x.n_head / x.n_head_k);
     let last = if CUT {
         (1u16 << (n % 16)) - 1
     } else {
@@ -90,9 +89,9 @@ unsafe fn strip<const N: usize, const CUT: bool>(
     let zero = _mm512_setzero_ps();
     let resets = &x.resets[x.resets.partition_point(|&r| r < start)..];
     let mut resets = resets.iter().copied().peekable();
-    let q = |t: usize| x.q[(t * x.n_head + head) * dim_k..][..dim_k].as_ptr();
-    let k = |t: usize| x.k[(t * x.n_head_k + head_k) * dim_k..][..dim_k].as_ptr();
-    let v = |t: usize| x.v[(t * x.n_head_k + head_k) * dim_v..][first..dim_v].as_ptr();
+    let rows = Rows::new(x, head, first);
+    let q = |t: usize| rows.q(t).as_ptr();
+    let k = |t: usize| rows.k(t).as_ptr();
     let end = start + factors.len();
     // `S^T k` of the next token, over even and odd key dimensions, where the last pass has made it.
     let mut held = None;
@@ -106,7 +105,8 @@ unsafe fn strip<const N: usize, const CUT: bool>(
         // SAFETY: `dim_k` rows of `dim_v` numbers of state, of which `16 N` from `first` on, the
         // last vector masked where it passes the end; likewise one row of `v` and `out`.
         unsafe {
-            let row_of_v = |t: usize, j: usize| _mm512_maskz_loadu_ps(mask(j), v(t).add(j * 16));
+            let row_of_v =
+                |t: usize, j: usize| _mm512_maskz_loadu_ps(mask(j), rows.v(t).add(j * 16));
             if fresh {
                 // Zeros, not a factor of zero: the old state may hold anything.
                 for i in 0..dim_k {

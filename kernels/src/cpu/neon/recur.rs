@@ -2,7 +2,7 @@
 //! and the matrix product of the chunked form.
 
 use crate::recur::chunk::{self, Product};
-use crate::recur::strips::{self, Factors, Part, Widths};
+use crate::recur::strips::{self, Factors, Part, Rows, Widths};
 use crate::recur::{Inputs, Rule};
 use std::arch::aarch64::*;
 
@@ -153,42 +153,6 @@ impl<const N: usize, const CUT: bool> Vectors<N, CUT> {
             // SAFETY: a row of the strip's output.
             unsafe { self.store(row, j, vmulq_n_f32(sum, scale)) }
         }
-    }
-}
-
-/// Where a token's rows lie.
-struct Rows<'a> {
-    x: &'a Inputs<'a>,
-    head: usize,
-    head_k: usize,
-    first: usize,
-}
-
-impl<'a> Rows<'a> {
-    fn new(x: &'a Inputs<'a>, head: usize, first: usize) -> Self {
-        let head_k = head / (x.n_head / x.n_head_k);
-        Rows {
-            x,
-            head,
-            head_k,
-            first,
-        }
-    }
-
-    fn q(&self, t: usize) -> &'a [f32] {
-        let dim = self.x.head_dim_k;
-        &self.x.q[(t * self.x.n_head + self.head) * dim..][..dim]
-    }
-
-    fn k(&self, t: usize) -> &'a [f32] {
-        let dim = self.x.head_dim_k;
-        &self.x.k[(t * self.x.n_head_k + self.head_k) * dim..][..dim]
-    }
-
-    /// The strip's columns of the value.
-    fn v(&self, t: usize) -> *const f32 {
-        let dim = self.x.head_dim_v;
-        self.x.v[(t * self.x.n_head_k + self.head_k) * dim..][self.first..dim].as_ptr()
     }
 }
 
