@@ -188,7 +188,11 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
                         n_rows: tokens.len(),
                         asked: Cell::new(0),
                     });
-                    Widened::with(stored, some, tokens.clone(), ahead.as_ref(), |x| {
+                    Widened::with(stored, some, tokens.clone(), |x| {
+                        let x = &Inputs {
+                            ahead: ahead.as_ref(),
+                            ..*x
+                        };
                         let state = &mut state[first * len..][..together * len];
                         run(x, 0..together, state, out);
                     });

@@ -1,7 +1,6 @@
 //! Inputs of 16 bits: the rows of a few heads become F32 on their way in, so that every kernel is
 //! written once, for F32.
 
-use super::ahead::Ahead;
 use super::chunk::prefetch;
 use super::{CHUNK, Inputs, Recur, Rule};
 use half::slice::HalfFloatSliceExt;
@@ -155,7 +154,6 @@ impl Widened {
         x: &Stored<'_>,
         heads: Range<usize>,
         tokens: Range<usize>,
-        ahead: Option<&Ahead<'_>>,
         f: impl FnOnce(&Inputs<'_>),
     ) {
         WIDENED.with_borrow_mut(|w| {
@@ -202,7 +200,7 @@ impl Widened {
                 beta: &w.beta,
                 resets: &w.resets,
                 out_stride: x.n_head * dim_v,
-                ahead,
+                ahead: None,
             });
         });
     }
