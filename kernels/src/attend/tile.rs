@@ -96,7 +96,7 @@ impl Buffer {
     }
 }
 
-/// The rows of one task and their running sums. One per thread, reused.
+/// The rows of one kv head of a task and their running sums. Some per thread, reused.
 pub(crate) struct Tile {
     pub(crate) n_rows: usize,
     pub(crate) dim_k: usize,
@@ -151,16 +151,37 @@ pub(crate) struct Tile {
 }
 
 thread_local! {
-    static TILE: RefCell<Tile> = RefCell::new(Tile::new());
+    static TILES: RefCell<Vec<Tile>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The queries of a tile, all of one sequence and one kv head.
+/// Calls `f` with `n` of the thread's tiles.
+fn with_tiles(n: usize, f: impl FnOnce(&mut [Tile])) {
+    TILES.with_borrow_mut(|tiles| {
+        if tiles.len() < n {
+            tiles.resize_with(n, Tile::new);
+        }
+        f(&mut tiles[..n]);
+    });
+}
+
+/// Some queries of one sequence, and the kv heads whose cells they go through together, page by page.
 struct Task {
     seq: usize,
     queries: Range<usize>,
-    head_kv: usize,
+    heads_kv: Range<usize>,
     kept: Range<usize>,
     raw: Range<usize>,
+}
+
+impl Task {
+    fn n_parts(&self) -> usize {
+        self.kept.len() + self.raw.len()
+    }
+
+    /// Rows of each of its tiles.
+    fn n_rows(&self, call: &Call<'_>) -> usize {
+        self.queries.len() * call.group
+    }
 }
 
 /// A sequence without its output, which threads share.
@@ -213,35 +234,39 @@ pub(crate) fn attend(
         });
         outs.push(SplitMut::new(&mut *seq.out));
     }
-    let tasks = tasks(&call, &cells);
-    let out = |task: &Task, tile: &mut Tile| {
+    let tasks = tasks(&call, &cells, pool.n_threads());
+    let out = |task: &Task, tiles: &[Tile]| {
         let width = layout.head_dim_v;
-        for row in 0..tile.n_rows {
-            let query = task.queries.start + row / call.group;
-            let head = task.head_kv * call.group + row % call.group;
-            let first = (query * n_head + head) * width;
-            // SAFETY: every row of every task is a different query or head.
-            let out = unsafe { outs[task.seq].part(first..first + width) };
-            tile.finish(row, out);
+        for (head_kv, tile) in task.heads_kv.clone().zip(tiles) {
+            for row in 0..tile.n_rows {
+                let query = task.queries.start + row / call.group;
+                let head = head_kv * call.group + row % call.group;
+                let first = (query * n_head + head) * width;
+                // SAFETY: every row of every tile of every task is a different query or head.
+                let out = unsafe { outs[task.seq].part(first..first + width) };
+                tile.finish(row, out);
+            }
         }
     };
     // Few tasks (decode) are split by partitions, whose sums meet in a second region.
-    let n_parts = |task: &Task| task.kept.len() + task.raw.len();
     let items: Vec<(usize, usize)> = tasks
         .iter()
         .enumerate()
-        .flat_map(|(t, task)| (0..n_parts(task)).map(move |part| (t, part)))
+        .flat_map(|(t, task)| (0..task.n_parts()).map(move |part| (t, part)))
         .collect();
     if pool.n_threads() == 1 || tasks.len() >= 8 * pool.n_threads() || items.len() <= tasks.len() {
         pool.for_each(tasks.len(), 1, |range| {
             for task in &tasks[range] {
-                TILE.with_borrow_mut(|tile| {
-                    tile.start(&call, &cells[task.seq], task);
-                    for part in 0..n_parts(task) {
-                        tile.partition(&call, &cells[task.seq], task, part);
-                        tile.merge();
+                let cells = &cells[task.seq];
+                with_tiles(task.heads_kv.len(), |tiles| {
+                    for (head_kv, tile) in task.heads_kv.clone().zip(&mut *tiles) {
+                        tile.start(&call, cells, task, head_kv);
                     }
-                    out(task, tile);
+                    for part in 0..task.n_parts() {
+                        partition(tiles, &call, cells, task, part);
+                        tiles.iter_mut().for_each(Tile::merge);
+                    }
+                    out(task, tiles);
                 });
             }
         });
@@ -252,7 +277,7 @@ pub(crate) fn attend(
     let mut first_row = Vec::with_capacity(items.len() + 1);
     first_row.push(0);
     for &(t, _) in &items {
-        let rows = tasks[t].queries.len() * call.group;
+        let rows = tasks[t].n_rows(&call) * tasks[t].heads_kv.len();
         first_row.push(first_row.last().expect("starts with 0") + rows);
     }
     let mut partial = vec![0f32; first_row.last().expect("starts with 0") * row_len];
@@ -260,21 +285,28 @@ pub(crate) fn attend(
     let number = CALLS.fetch_add(1, Ordering::Relaxed);
     {
         let partial = SplitMut::new(&mut partial);
-        pool.for_each(items.len(), 1, |range| {
+        // Neighbouring partitions lie beside each other in memory: a stream for each thread.
+        pool.for_each_in_parts(items.len(), 1, |range| {
             for i in range {
                 let (t, part) = items[i];
                 let task = &tasks[t];
+                let cells = &cells[task.seq];
+                let tile_len = task.n_rows(&call) * row_len;
                 // SAFETY: every item owns the rows between its first and the next item's.
                 let rows =
                     unsafe { partial.part(first_row[i] * row_len..first_row[i + 1] * row_len) };
-                TILE.with_borrow_mut(|tile| {
-                    // A thread's next partition is mostly one of the same task.
-                    if tile.started != (number, t) {
-                        tile.start(&call, &cells[task.seq], task);
-                        tile.started = (number, t);
+                with_tiles(task.heads_kv.len(), |tiles| {
+                    for (head_kv, tile) in task.heads_kv.clone().zip(&mut *tiles) {
+                        // A thread's next partition is mostly one of the same task.
+                        if tile.started != (number, t) {
+                            tile.start(&call, cells, task, head_kv);
+                            tile.started = (number, t);
+                        }
                     }
-                    tile.partition(&call, &cells[task.seq], task, part);
-                    tile.save(rows);
+                    partition(tiles, &call, cells, task, part);
+                    for (tile, rows) in tiles.iter_mut().zip(rows.chunks_exact_mut(tile_len)) {
+                        tile.save(rows);
+                    }
                 });
             }
         });
@@ -283,27 +315,35 @@ pub(crate) fn attend(
     let mut n = 0;
     for task in &tasks {
         first_item.push(n);
-        n += n_parts(task);
+        n += task.n_parts();
     }
     pool.for_each(tasks.len(), 1, |range| {
         for t in range {
             let task = &tasks[t];
-            TILE.with_borrow_mut(|tile| {
-                tile.shape(&call, task);
-                for item in first_item[t]..first_item[t] + n_parts(task) {
-                    tile.load(&partial[first_row[item] * row_len..first_row[item + 1] * row_len]);
-                    tile.merge();
+            let tile_len = task.n_rows(&call) * row_len;
+            with_tiles(task.heads_kv.len(), |tiles| {
+                tiles.iter_mut().for_each(|tile| tile.shape(&call, task));
+                for item in first_item[t]..first_item[t] + task.n_parts() {
+                    let rows = &partial[first_row[item] * row_len..first_row[item + 1] * row_len];
+                    for (tile, rows) in tiles.iter_mut().zip(rows.chunks_exact(tile_len)) {
+                        tile.load(rows);
+                        tile.merge();
+                    }
                 }
-                out(task, tile);
+                out(task, tiles);
             });
         }
     });
 }
 
-/// Cuts the call into tiles; the largest come first within a sequence's heads by nature.
-fn tasks(call: &Call<'_>, cells: &[Cells<'_>]) -> Vec<Task> {
+/// Cuts the call into tasks; the largest come first within a sequence's heads by nature. Where there are few
+/// queries (decode), memory is what takes time: as many kv heads go through the pages together as
+/// leave every thread some partitions, since their cells lie beside each other, and a processor that foresees
+/// one stream does not foresee one that leaves out every other head.
+fn tasks(call: &Call<'_>, cells: &[Cells<'_>], n_threads: usize) -> Vec<Task> {
     let step = (TILE_ROWS / call.group).max(1);
-    let mut tasks = Vec::new();
+    let n_head_kv = call.layout.n_head_kv;
+    let mut all_heads = Vec::new();
     for (seq, cells) in cells.iter().enumerate() {
         for start in (0..cells.visible.len()).step_by(step) {
             let queries = start..(start + step).min(cells.visible.len());
@@ -313,18 +353,56 @@ fn tasks(call: &Call<'_>, cells: &[Cells<'_>]) -> Vec<Task> {
             let begin = raw.clone().map(|v| v.raw_begin).min().unwrap_or(0);
             let end = raw.map(|v| v.raw_end).max().unwrap_or(0);
             let part = PARTITION_CELLS as u64;
-            for head_kv in 0..call.layout.n_head_kv {
-                tasks.push(Task {
-                    seq,
-                    queries: queries.clone(),
-                    head_kv,
-                    kept: 0..n_kept.div_ceil(PARTITION_CELLS),
-                    raw: (begin / part) as usize..end.div_ceil(part) as usize,
-                });
-            }
+            all_heads.push(Task {
+                seq,
+                queries,
+                heads_kv: 0..n_head_kv,
+                kept: 0..n_kept.div_ceil(PARTITION_CELLS),
+                raw: (begin / part) as usize..end.div_ceil(part) as usize,
+            });
+        }
+    }
+    let n_parts: usize = all_heads.iter().map(Task::n_parts).sum();
+    let spare = match n_threads {
+        1 => n_head_kv,
+        _ => n_head_kv * n_parts / (4 * n_threads),
+    };
+    let mut tasks = Vec::new();
+    for task in all_heads {
+        let together = spare.min(TILE_ROWS / task.n_rows(call)).clamp(1, n_head_kv);
+        for first in (0..n_head_kv).step_by(together) {
+            tasks.push(Task {
+                queries: task.queries.clone(),
+                heads_kv: first..(first + together).min(n_head_kv),
+                kept: task.kept.clone(),
+                raw: task.raw.clone(),
+                ..task
+            });
         }
     }
     tasks
+}
+
+/// Runs the soft-max of one partition from empty sums, a tile for each of the task's kv heads: kept
+/// partitions first, then raw.
+fn partition(tiles: &mut [Tile], call: &Call<'_>, cells: &Cells<'_>, task: &Task, part: usize) {
+    for tile in &mut *tiles {
+        tile.m.fill(f32::NEG_INFINITY);
+        tile.l.slice(tile.n_rows * 16).fill(0.0);
+        tile.acc.slice(tile.n_rows * tile.dim_v).fill(0.0);
+    }
+    let kept = part < task.kept.len();
+    let first = if kept {
+        task.kept.start + part
+    } else {
+        task.raw.start + part - task.kept.len()
+    } as u64
+        * PARTITION_CELLS as u64;
+    for start in (first..first + PARTITION_CELLS as u64).step_by(PAGE_CELLS) {
+        for (head_kv, tile) in task.heads_kv.clone().zip(&mut *tiles) {
+            tile.page(call, cells, task, head_kv, kept, start);
+        }
+    }
 }
 
 impl Tile {
@@ -393,7 +471,7 @@ impl Tile {
     }
 
     /// Takes in a task's queries and ranks kept cells where `top_k` asks for it.
-    fn start(&mut self, call: &Call<'_>, cells: &Cells<'_>, task: &Task) {
+    fn start(&mut self, call: &Call<'_>, cells: &Cells<'_>, task: &Task, head_kv: usize) {
         self.shape(call, task);
         let dim = self.dim_k;
         // Scores come out as logarithms to base 2, the exponential that hardware helps with.
@@ -401,7 +479,7 @@ impl Tile {
         let q = self.q.slice(self.n_rows.next_multiple_of(ROWS) * dim);
         for row in 0..self.n_rows {
             let query = task.queries.start + row / call.group;
-            let head = task.head_kv * call.group + row % call.group;
+            let head = head_kv * call.group + row % call.group;
             let from = &cells.q[(query * call.n_head + head) * dim..][..dim];
             let to = &mut q[row / ROWS * ROWS * dim + row % ROWS..];
             for (i, x) in from.iter().enumerate() {
@@ -415,7 +493,7 @@ impl Tile {
             }
         }
         if cells.top_k > 0 {
-            self.choose(call, cells, task);
+            self.choose(call, cells, task, head_kv);
         }
     }
 
@@ -495,7 +573,7 @@ impl Tile {
     }
 
     /// Finds each query's `top_k` kept cells; leaves them in `chosen`.
-    fn choose(&mut self, call: &Call<'_>, cells: &Cells<'_>, task: &Task) {
+    fn choose(&mut self, call: &Call<'_>, cells: &Cells<'_>, task: &Task, head_kv: usize) {
         let visible = &cells.visible[task.queries.clone()];
         let n_kept = visible.iter().map(|v| v.n_kept).max().unwrap_or(0) as usize;
         let n_pages = n_kept.div_ceil(PAGE_CELLS);
@@ -514,7 +592,7 @@ impl Tile {
             unsafe {
                 let keys = cells.kept[page]
                     .as_ptr()
-                    .add(task.head_kv * call.layout.head_bytes());
+                    .add(head_kv * call.layout.head_bytes());
                 (call.kernels.scores)(self, keys, seen);
             }
             let s = self.s.slice(self.n_rows * PAGE_CELLS);
@@ -545,62 +623,63 @@ impl Tile {
         }
     }
 
-    /// Runs the soft-max of one partition from empty sums: kept partitions first, then raw.
-    fn partition(&mut self, call: &Call<'_>, cells: &Cells<'_>, task: &Task, part: usize) {
-        self.m.fill(f32::NEG_INFINITY);
-        self.l.slice(self.n_rows * 16).fill(0.0);
-        self.acc.slice(self.n_rows * self.dim_v).fill(0.0);
-        let kept = part < task.kept.len();
-        let first = if kept {
-            task.kept.start + part
-        } else {
-            task.raw.start + part - task.kept.len()
-        } as u64
-            * PARTITION_CELLS as u64;
+    /// Adds the page of cells `start..` of one of the regions to the partition.
+    fn page(
+        &mut self,
+        call: &Call<'_>,
+        cells: &Cells<'_>,
+        task: &Task,
+        head_kv: usize,
+        kept: bool,
+        start: u64,
+    ) {
         let visible = &cells.visible[task.queries.clone()];
         let n_kept = visible.iter().map(|v| v.n_kept).max().unwrap_or(0) as usize;
         let n_pages = n_kept.div_ceil(PAGE_CELLS);
-        let head = task.head_kv * call.layout.head_bytes();
-        for start in (first..first + PARTITION_CELLS as u64).step_by(PAGE_CELLS) {
-            let mut any = 0;
-            for (i, v) in visible.iter().enumerate() {
-                let seen = if kept {
-                    let seen = bits_in(0, u64::from(v.n_kept), start);
-                    if seen != 0 && cells.top_k > 0 {
-                        seen & self.chosen[i * n_pages + start as usize / PAGE_CELLS]
-                    } else {
-                        seen
-                    }
+        let mut any = 0;
+        for (i, v) in visible.iter().enumerate() {
+            let seen = if kept {
+                let seen = bits_in(0, u64::from(v.n_kept), start);
+                if seen != 0 && cells.top_k > 0 {
+                    seen & self.chosen[i * n_pages + start as usize / PAGE_CELLS]
                 } else {
-                    bits_in(v.raw_begin, v.raw_end, start)
-                };
-                any |= seen;
-                self.seen[i * call.group..(i + 1) * call.group].fill(seen);
-            }
-            if any == 0 {
-                continue;
-            }
-            let (pages, at) = if kept {
-                (cells.kept, start as usize / PAGE_CELLS)
+                    seen
+                }
             } else {
-                let at = (start - cells.raw_base) / PAGE_CELLS as u64;
-                (cells.raw, at as usize)
+                bits_in(v.raw_begin, v.raw_end, start)
             };
-            let page = pages[at];
-            let end = page[head..][..call.layout.head_bytes()].as_ptr_range().end;
-            let next = pages.get(at + 1).map_or(page, |next| next);
-            self.ahead = Ahead {
-                end,
-                jump: next[head..].as_ptr() as isize - end as isize,
-            };
-            // SAFETY: the page has the layout's size (`check`), so the head's keys and values
-            // lie in it; the kernels' set is available.
-            unsafe {
-                let keys = page.as_ptr().add(head);
-                (call.kernels.scores)(self, keys, any);
-                (call.kernels.soft_max)(self);
-                (call.kernels.weigh)(self, keys.add(call.layout.k_bytes()), any);
-            }
+            any |= seen;
+            self.seen[i * call.group..(i + 1) * call.group].fill(seen);
+        }
+        if any == 0 {
+            return;
+        }
+        let (pages, at) = if kept {
+            (cells.kept, start as usize / PAGE_CELLS)
+        } else {
+            let at = (start - cells.raw_base) / PAGE_CELLS as u64;
+            (cells.raw, at as usize)
+        };
+        let page = pages[at];
+        let head = head_kv * call.layout.head_bytes();
+        let end = page[head..][..call.layout.head_bytes()].as_ptr_range().end;
+        let next = pages.get(at + 1).map_or(page, |next| next);
+        let first = task.heads_kv.start * call.layout.head_bytes();
+        self.ahead = Ahead {
+            end,
+            jump: if head_kv + 1 < task.heads_kv.end {
+                0 // the next head's cells follow
+            } else {
+                next[first..].as_ptr() as isize - end as isize
+            },
+        };
+        // SAFETY: the page has the layout's size (`check`), so the head's keys and values
+        // lie in it; the kernels' set is available.
+        unsafe {
+            let keys = page.as_ptr().add(head);
+            (call.kernels.scores)(self, keys, any);
+            (call.kernels.soft_max)(self);
+            (call.kernels.weigh)(self, keys.add(call.layout.k_bytes()), any);
         }
     }
 
