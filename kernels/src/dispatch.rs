@@ -88,7 +88,7 @@ fn detect() -> Vec<Isa> {
         return found;
     }
     found.push(Isa::Avx512);
-    if amx_allowed() {
+    if is_x86_feature_detected!("avx512vbmi") && amx_allowed() {
         found.push(Isa::Amx);
     }
     found

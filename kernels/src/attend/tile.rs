@@ -28,6 +28,9 @@ pub(crate) struct PageKernels {
     pub(crate) soft_max: unsafe fn(&mut Tile),
     /// `acc = alpha acc + beta sum_c s[c] v[c]`; the pointer is to the head's values.
     pub(crate) weigh: unsafe fn(&mut Tile, *const u8, u64),
+    /// Comes before the pages of a partition, and after them.
+    pub(crate) enter: unsafe fn(),
+    pub(crate) leave: unsafe fn(),
     /// Whether Q8_0 keys want queries as integers ([`Tile::q16`]).
     pub(crate) integer_q: bool,
     /// Whether it wants them also as rows of bytes ([`Tile::q8`]).
@@ -46,11 +49,16 @@ pub(crate) struct Ahead {
     pub(crate) jump: isize,
 }
 
-#[cfg(target_arch = "x86_64")]
 impl Ahead {
+    const NOTHING: Ahead = Ahead {
+        end: std::ptr::null(),
+        jump: 0,
+    };
+
     /// Asks for the cache line `distance` bytes after `p`, on the next page if this head's cells end
     /// before.
     #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn ask(self, p: *const u8, distance: usize) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         let p = p.wrapping_add(distance);
@@ -61,6 +69,72 @@ impl Ahead {
         };
         // SAFETY: every x86-64 has it; a prefetch never faults and changes no value.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}
+
+/// Asks for as many lines as a page has, in their order, whatever a kernel does at the time: for kernels that do not
+/// go through cells line by line. A core has few requests on their way at once, so that asking must be even over
+/// all the work on a page: what is asked for in a burst waits, and where nothing is asked for, memory does
+/// nothing.
+#[derive(Clone, Copy)]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "other kernels leave fetching to the processor")
+)]
+pub(crate) struct Pace {
+    /// The line to ask for next.
+    next: *const u8,
+    ahead: Ahead,
+    /// Lines of the page that none has been asked for yet.
+    left: usize,
+}
+
+impl Pace {
+    /// Bytes from the cell in use to the line asked for.
+    const AHEAD: usize = 8192;
+
+    /// For a page of a head whose cells are `cells`.
+    fn new(cells: &[u8], ahead: Ahead) -> Pace {
+        let mut pace = Pace {
+            next: cells.as_ptr().wrapping_add(Pace::AHEAD),
+            ahead,
+            left: cells.len().div_ceil(64),
+        };
+        pace.turn();
+        pace
+    }
+
+    /// Goes on to the next page where this head's cells end.
+    #[inline(always)]
+    fn turn(&mut self) {
+        if self.next >= self.ahead.end {
+            self.next = self.next.wrapping_offset(self.ahead.jump);
+            self.ahead.end = std::ptr::without_provenance(usize::MAX);
+        }
+    }
+
+    /// Asks for the next line, if one is left: for the L2 cache, where tiles are loaded from it as fast as they
+    /// are used, and the L1 cache keeps room for their sums.
+    #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn ask(&mut self) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        if self.left > 0 {
+            // SAFETY: every x86-64 has it; a prefetch never faults and changes no value.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.take(1).cast()) }
+        }
+    }
+
+    /// The next `n` lines, for the caller to ask for; it goes on by no more than are left.
+    #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn take(&mut self, n: usize) -> *const u8 {
+        let lines = self.next;
+        let n = n.min(self.left);
+        self.left -= n;
+        self.next = self.next.wrapping_add(64 * n);
+        self.turn();
+        lines
     }
 }
 
@@ -130,6 +204,7 @@ pub(crate) struct Tile {
     /// Room for a page of keys or values as F32.
     pub(crate) wide: Buffer,
     pub(crate) ahead: Ahead,
+    pub(crate) pace: Pace,
     /// Room for integer weights, `[row][2][64]` bytes, for whole groups of `ROWS` rows.
     pub(crate) w16: Vec<u8>,
     /// Room for tiles of integer sums.
@@ -398,12 +473,19 @@ fn partition(tiles: &mut [Tile], call: &Call<'_>, cells: &Cells<'_>, task: &Task
         task.raw.start + part - task.kept.len()
     } as u64
         * PARTITION_CELLS as u64;
+    // SAFETY: the kernels' set is available; so below.
+    unsafe { (call.kernels.enter)() };
     for start in (first..first + PARTITION_CELLS as u64).step_by(PAGE_CELLS) {
         for (head_kv, tile) in task.heads_kv.clone().zip(&mut *tiles) {
             tile.page(call, cells, task, head_kv, kept, start);
         }
     }
+    // SAFETY: as above.
+    unsafe { (call.kernels.leave)() };
 }
+
+/// Nothing, where an instruction set needs nothing before and after pages.
+pub(crate) unsafe fn nothing() {}
 
 impl Tile {
     pub(crate) fn new() -> Tile {
@@ -426,10 +508,8 @@ impl Tile {
             l: Buffer::default(),
             acc: Buffer::default(),
             wide: Buffer::default(),
-            ahead: Ahead {
-                end: std::ptr::null(),
-                jump: 0,
-            },
+            ahead: Ahead::NOTHING,
+            pace: Pace::new(&[], Ahead::NOTHING),
             w16: Vec::new(),
             sums: Buffer::default(),
             total_m: Vec::new(),
@@ -586,6 +666,8 @@ impl Tile {
         }
         self.rank.clear();
         self.rank.resize(visible.len() * width, 0.0);
+        // SAFETY: the kernels' set is available; so below.
+        unsafe { (call.kernels.enter)() };
         for page in cells.n_always / PAGE_CELLS..n_pages {
             let seen = first_bits(n_kept - page * PAGE_CELLS);
             // SAFETY: the layout's head lies in the page (`check`); the kernels' set is available.
@@ -603,6 +685,8 @@ impl Tile {
                 }
             }
         }
+        // SAFETY: as above.
+        unsafe { (call.kernels.leave)() };
         for (i, v) in visible.iter().enumerate() {
             let n = v.n_kept as usize;
             if n <= free {
@@ -662,7 +746,8 @@ impl Tile {
         };
         let page = pages[at];
         let head = head_kv * call.layout.head_bytes();
-        let end = page[head..][..call.layout.head_bytes()].as_ptr_range().end;
+        let own = &page[head..][..call.layout.head_bytes()];
+        let end = own.as_ptr_range().end;
         let next = pages.get(at + 1).map_or(page, |next| next);
         let first = task.heads_kv.start * call.layout.head_bytes();
         self.ahead = Ahead {
@@ -673,6 +758,7 @@ impl Tile {
                 next[first..].as_ptr() as isize - end as isize
             },
         };
+        self.pace = Pace::new(own, self.ahead);
         // SAFETY: the page has the layout's size (`check`), so the head's keys and values
         // lie in it; the kernels' set is available.
         unsafe {

@@ -6,7 +6,7 @@
 //! page are multiplied as 16-bit integers.
 
 use crate::attend::layout::{BLOCK, HALF_CELLS, K_BLOCK_BYTES, KvType, PAGE_CELLS, V_BLOCK_BYTES};
-use crate::attend::tile::{Ahead, PageKernels, ROWS, Tile, half_seen, runs};
+use crate::attend::tile::{Ahead, PageKernels, ROWS, Tile, half_seen, nothing, runs};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -33,6 +33,8 @@ const fn kernels<const VNNI: bool>() -> PageKernels {
         scores: scores::<VNNI>,
         soft_max,
         weigh: weigh::<VNNI>,
+        enter: nothing,
+        leave: nothing,
         integer_q: true,
         byte_q: false,
     }

@@ -6,7 +6,7 @@
 //! 2^-16 of the largest one.
 
 use crate::attend::layout::{BLOCK, HALF_CELLS, K_BLOCK_BYTES, KvType, PAGE_CELLS, V_BLOCK_BYTES};
-use crate::attend::tile::{Ahead, PageKernels, ROWS, Tile, half_seen, runs};
+use crate::attend::tile::{Ahead, PageKernels, ROWS, Tile, half_seen, nothing, runs};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -17,8 +17,10 @@ const BF16: u8 = 2;
 /// The kernels of this instruction set.
 pub(crate) const KERNELS: PageKernels = PageKernels {
     scores,
-    soft_max,
+    soft_max: soft_max::<false>,
     weigh,
+    enter: nothing,
+    leave: nothing,
     integer_q: true,
     byte_q: false,
 };
@@ -90,7 +92,10 @@ unsafe fn load<const TY: u8>(p: *const u8, i: usize) -> __m512 {
     unsafe {
         match TY {
             F32 => _mm512_loadu_ps(p.cast::<f32>().add(i)),
-            F16 => _mm512_cvtph_ps(_mm256_loadu_si256(p.add(2 * i).cast())),
+            // Not `_mm512_cvtph_ps`, which never reads from memory: that takes a shuffle more.
+            F16 => _mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(_mm256_loadu_si256(
+                p.add(2 * i).cast(),
+            )),
             _ => {
                 let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.add(2 * i).cast()));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
@@ -321,9 +326,10 @@ fn largest_of_each(v: &[__m512; 16]) -> __m512 {
     across(across(fours[0], fours[1]), across(fours[2], fours[3]))
 }
 
-/// See [`PageKernels::soft_max`]. Sixteen rows' maxima and factors are found together.
+/// See [`PageKernels::soft_max`]; `ASK` for cells meanwhile, [`Tile::pace`]. Sixteen rows' maxima and factors are found together.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn soft_max(tile: &mut Tile) {
+pub(crate) unsafe fn soft_max<const ASK: bool>(tile: &mut Tile) {
+    let mut pace = tile.pace;
     for first in (0..tile.n_rows).step_by(16) {
         let n = (tile.n_rows - first).min(16);
         let rows = first..first + n;
@@ -374,6 +380,9 @@ unsafe fn soft_max(tile: &mut Tile) {
                 let m = _mm512_set1_ps(maxima[r]);
                 let mut x = [hidden; 4];
                 for i in 0..4 {
+                    if ASK {
+                        pace.ask();
+                    }
                     let score = _mm512_sub_ps(_mm512_loadu_ps(s.add(i * 16)), m);
                     x[i] = _mm512_maskz_mov_ps(mask[i], exp2(score));
                     _mm512_storeu_ps(s.add(i * 16), x[i]);
@@ -389,6 +398,7 @@ unsafe fn soft_max(tile: &mut Tile) {
             }
         }
     }
+    tile.pace = pace;
 }
 
 /// See [`PageKernels::weigh`].
@@ -501,10 +511,10 @@ unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
 /// What turns weights of the cells in `seen` into integers, and what those are worth.
 #[derive(Clone, Copy)]
 pub(crate) struct Steps {
-    seen: u64,
+    pub(crate) seen: u64,
     /// Integers in a weight of 1 of each of 64 cells.
-    per_weight: [__m512; 4],
-    worth: f32,
+    pub(crate) per_weight: [__m512; 4],
+    pub(crate) worth: f32,
 }
 
 /// Steps for 64 cells' `scales`: the largest one's weight of 1 becomes [`W_MAX`].
@@ -536,21 +546,19 @@ pub(crate) unsafe fn steps_of(scales: *const u8, seen: u64) -> Steps {
 }
 
 /// Weights of the seen cells times the cells' scales as integers of 15 bits, for each row in
-/// [`Tile::w16`], and what they are worth in `worth`: numbers in the order of [`word_at`], or, as
-/// `BYTES`, high bytes of 64 cells and then low bytes, in order. `first` are the first row's steps;
-/// rows of one query see the same cells.
+/// [`Tile::w16`] in the order of [`word_at`], and what they are worth in `worth`. `first` are the first
+/// row's steps; rows of one query see the same cells.
 ///
 /// # Safety
 /// `scales` are those of a block of values; `worth` has room for a number a row.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(crate) unsafe fn integer_weights<const BYTES: bool>(
+pub(crate) unsafe fn integer_weights(
     tile: &mut Tile,
     scales: *const u8,
     first: &Steps,
     worth: *mut f32,
 ) {
     let s = tile.s.ptr();
-    let order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     // Of four neighbours the even ones first.
     let even_first = _mm512_set4_epi32(0x0f0e_0b0a, 0x0d0c_0908, 0x0706_0302, 0x0504_0100);
     let mut steps = *first;
@@ -566,26 +574,11 @@ pub(crate) unsafe fn integer_weights<const BYTES: bool>(
                 let weight = _mm512_mul_ps(_mm512_loadu_ps(s.add(16 * i)), steps.per_weight[i]);
                 w[i] = _mm512_cvtps_epi32(weight);
             }
-            let a = _mm512_packs_epi32(w[0], w[1]);
-            let b = _mm512_packs_epi32(w[2], w[3]);
-            let (first, second) = if BYTES {
-                let byte = _mm512_set1_epi16(0xff);
-                let (a_low, b_low) = (_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
-                let (a, b) = (_mm512_srli_epi16::<8>(a), _mm512_srli_epi16::<8>(b));
-                let (high, low) = (_mm512_packus_epi16(a, b), _mm512_packus_epi16(a_low, b_low));
-                (
-                    _mm512_permutexvar_epi32(order, high),
-                    _mm512_permutexvar_epi32(order, low),
-                )
-            } else {
-                (
-                    _mm512_shuffle_epi8(a, even_first),
-                    _mm512_shuffle_epi8(b, even_first),
-                )
-            };
+            let a = _mm512_shuffle_epi8(_mm512_packs_epi32(w[0], w[1]), even_first);
+            let b = _mm512_shuffle_epi8(_mm512_packs_epi32(w[2], w[3]), even_first);
             let to = tile.w16.as_mut_ptr().add(row * 2 * PAGE_CELLS);
-            _mm512_storeu_si512(to.cast(), first);
-            _mm512_storeu_si512(to.add(PAGE_CELLS).cast(), second);
+            _mm512_storeu_si512(to.cast(), a);
+            _mm512_storeu_si512(to.add(PAGE_CELLS).cast(), b);
             worth.add(row).write(steps.worth);
         }
     }
@@ -618,7 +611,7 @@ unsafe fn weigh_q8_0(tile: &mut Tile, values: *const u8, seen_cells: u64) {
                 let worth = tile.wide.ptr();
                 tile.ahead.ask(scales(chunk), AHEAD);
                 tile.ahead.ask(scales(chunk).add(64), AHEAD);
-                integer_weights::<false>(tile, scales(chunk), steps, worth);
+                integer_weights(tile, scales(chunk), steps, worth);
                 for row in (0..n_rows).step_by(ROWS) {
                     let rows = RowsQ8 {
                         w: tile.w16.as_ptr().add(row * 2 * PAGE_CELLS),
@@ -654,7 +647,7 @@ const W_MAX: f32 = 32767.0;
 
 /// First of the two words of a group of four cells' integer weights: the even cells', then the odd
 /// ones'. Packing within 128-bit lanes puts groups of two vectors beside each other.
-const fn word_at(group: usize) -> usize {
+pub(crate) const fn word_at(group: usize) -> usize {
     group / 8 * 16 + group % 4 * 4 + group / 4 % 2 * 2
 }
 
@@ -708,65 +701,6 @@ unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen
                     _mm512_fmadd_ps(beta, _mm512_cvtepi32_ps(sum[r][j]), old),
                 );
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::dispatch::{Isa, available};
-    use half::f16;
-
-    /// The order for tiles of bytes says the same as the one for vectors of words.
-    #[test]
-    fn integer_weights_are_the_same_in_both_orders() {
-        if !available().contains(&Isa::Avx512) {
-            println!("skipped: this machine has no AVX-512");
-            return;
-        }
-        let n_rows = 9;
-        let mut tile = Tile::new();
-        tile.n_rows = n_rows;
-        for (i, s) in tile.s.slice(n_rows * PAGE_CELLS).iter_mut().enumerate() {
-            *s = ((i as f32 * 0.37).sin() + 1.0) / 2.0;
-        }
-        // Rows of three queries that see different cells.
-        tile.seen = (0..n_rows).map(|row| u64::MAX << (5 * (row / 3))).collect();
-        tile.w16
-            .resize(n_rows.next_multiple_of(ROWS) * 2 * PAGE_CELLS, 0);
-        let scales: Vec<u8> = (0..PAGE_CELLS)
-            .flat_map(|c| f16::from_f32(0.01 + c as f32 * 0.003).to_le_bytes())
-            .collect();
-        let mut worth = [[0f32; 9]; 2];
-        let mut weights = [[[0u16; PAGE_CELLS]; 9]; 2];
-        // SAFETY: the instruction set is there; the tile has these rows, `scales` 64 numbers.
-        unsafe {
-            let first = steps_of(scales.as_ptr(), tile.seen[0]);
-            integer_weights::<true>(&mut tile, scales.as_ptr(), &first, worth[0].as_mut_ptr());
-            for row in 0..n_rows {
-                let w = &tile.w16[row * 2 * PAGE_CELLS..][..2 * PAGE_CELLS];
-                for c in 0..PAGE_CELLS {
-                    weights[0][row][c] = u16::from_be_bytes([w[c], w[PAGE_CELLS + c]]);
-                }
-            }
-            integer_weights::<false>(&mut tile, scales.as_ptr(), &first, worth[1].as_mut_ptr());
-            for row in 0..n_rows {
-                let w = &tile.w16[row * 2 * PAGE_CELLS..][..2 * PAGE_CELLS];
-                for c in 0..PAGE_CELLS {
-                    // Even cells of a group in its first word.
-                    let at = 4 * (word_at(c / 4) + c % 2) + c % 4 / 2 * 2;
-                    weights[1][row][c] = u16::from_le_bytes([w[at], w[at + 1]]);
-                }
-            }
-        }
-        assert_eq!(worth[0], worth[1]);
-        assert_eq!(weights[0], weights[1]);
-        for row in 0..n_rows {
-            let seen = |c: usize| tile.seen[row] >> c & 1 == 1;
-            let largest = weights[0][row].iter().max().copied();
-            assert!((1..=32767).contains(&largest.unwrap_or(0)), "row {row}");
-            assert!((0..PAGE_CELLS).all(|c| seen(c) || weights[0][row][c] == 0));
         }
     }
 }

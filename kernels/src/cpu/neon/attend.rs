@@ -6,7 +6,7 @@
 //! queries, and weights of a page, as integers of two bytes: two products a number, sixteen an instruction.
 
 use crate::attend::layout::{BLOCK, HALF_CELLS, K_BLOCK_BYTES, KvType, PAGE_CELLS, V_BLOCK_BYTES};
-use crate::attend::tile::{PageKernels, ROWS, Tile, half_seen, runs};
+use crate::attend::tile::{PageKernels, ROWS, Tile, half_seen, nothing, runs};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -24,6 +24,8 @@ pub(crate) const KERNELS: PageKernels = PageKernels {
     scores,
     soft_max,
     weigh,
+    enter: nothing,
+    leave: nothing,
     integer_q: true,
     byte_q: true,
 };
