@@ -55,6 +55,24 @@ impl Ahead {
         jump: 0,
     };
 
+    /// Of `n` steps of `step` bytes from `p` on, those for which what lies `distance` bytes further on is before the
+    /// end of this head's cells, and the others; with the bytes from a step to what to ask for. Loops that ask
+    /// once a step have no more to do for it than that.
+    #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn stretches(
+        self,
+        p: *const u8,
+        n: usize,
+        step: usize,
+        distance: usize,
+    ) -> [(Range<usize>, isize); 2] {
+        let room = self.end.addr().saturating_sub(p.addr() + distance);
+        let here = room.div_ceil(step).min(n);
+        let distance = distance as isize;
+        [(0..here, distance), (here..n, distance + self.jump)]
+    }
+
     /// Asks for the cache line `distance` bytes after `p`, on the next page if this head's cells end
     /// before.
     #[inline(always)]

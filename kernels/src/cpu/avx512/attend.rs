@@ -104,6 +104,44 @@ unsafe fn load<const TY: u8>(p: *const u8, i: usize) -> __m512 {
     }
 }
 
+/// The 32 numbers of type `TY` after `p`: 16 and 16 of them, but BF16 the even ones and the odd ones, which
+/// takes an operation each instead of two. Sums of them go through [`in_order`].
+///
+/// # Safety
+/// They must be readable.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn load_two<const TY: u8>(p: *const u8) -> [__m512; 2] {
+    // SAFETY: readable by the caller's promise.
+    unsafe {
+        if TY == BF16 {
+            let bits = _mm512_loadu_si512(p.cast());
+            let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            [
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)),
+                _mm512_castsi512_ps(_mm512_and_si512(bits, upper)),
+            ]
+        } else {
+            [load::<TY>(p, 0), load::<TY>(p, 16)]
+        }
+    }
+}
+
+/// Two vectors in the order of [`load_two`], in the order of numbers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn in_order<const TY: u8>(x: [__m512; 2]) -> [__m512; 2] {
+    if TY != BF16 {
+        return x;
+    }
+    let first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    [
+        _mm512_permutex2var_ps(x[0], first, x[1]),
+        _mm512_permutex2var_ps(x[0], second, x[1]),
+    ]
+}
+
 /// Converts `n` numbers of 16 bits, a multiple of 16, to F32.
 ///
 /// # Safety
@@ -176,28 +214,30 @@ unsafe fn score_rows<const R: usize, const TY: u8>(
     ahead: Ahead,
 ) {
     let mut sum = [[_mm512_setzero_ps(); 2]; R];
-    for i in 0..dim {
-        // SAFETY: `dim` rows of 32 keys' numbers and of `ROWS` queries.
-        unsafe {
-            if TY != F32 {
-                ahead.ask(keys.add(i * HALF_CELLS * 2), AHEAD);
-            }
-            let k = [
-                load::<TY>(keys, i * HALF_CELLS),
-                load::<TY>(keys, i * HALF_CELLS + 16),
-            ];
-            for r in 0..R {
-                let q = _mm512_set1_ps(*q.add(i * ROWS + r));
-                sum[r][0] = _mm512_fmadd_ps(q, k[0], sum[r][0]);
-                sum[r][1] = _mm512_fmadd_ps(q, k[1], sum[r][1]);
+    for (dims, later) in ahead.stretches(keys, dim, HALF_CELLS * 2, AHEAD) {
+        for i in dims {
+            // SAFETY: `dim` rows of 32 keys' numbers and of `ROWS` queries.
+            unsafe {
+                if TY != F32 {
+                    let line = keys.wrapping_add(i * HALF_CELLS * 2);
+                    _mm_prefetch::<_MM_HINT_T0>(line.wrapping_offset(later).cast());
+                }
+                let size = if TY == F32 { 4 } else { 2 };
+                let k = load_two::<TY>(keys.add(i * HALF_CELLS * size));
+                for r in 0..R {
+                    let q = _mm512_set1_ps(*q.add(i * ROWS + r));
+                    sum[r][0] = _mm512_fmadd_ps(q, k[0], sum[r][0]);
+                    sum[r][1] = _mm512_fmadd_ps(q, k[1], sum[r][1]);
+                }
             }
         }
     }
     for r in 0..R {
         // SAFETY: `s` has `R` rows of `PAGE_CELLS`, of which this half takes 32.
         unsafe {
-            _mm512_storeu_ps(s.add(r * PAGE_CELLS), sum[r][0]);
-            _mm512_storeu_ps(s.add(r * PAGE_CELLS + 16), sum[r][1]);
+            let sum = in_order::<TY>(sum[r]);
+            _mm512_storeu_ps(s.add(r * PAGE_CELLS), sum[0]);
+            _mm512_storeu_ps(s.add(r * PAGE_CELLS + 16), sum[1]);
         }
     }
 }
@@ -475,20 +515,28 @@ unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
 ) {
     let mut sum = [[_mm512_setzero_ps(); N]; R];
     for run in runs(seen) {
-        for c in run {
-            // SAFETY: 64 cells of `16 N` values, `R` rows of 64 weights.
-            unsafe {
-                if TY != F32 {
-                    rows.ahead.ask(values.add(c * N * 32), AHEAD);
-                }
-                let mut v = [_mm512_setzero_ps(); N];
-                for j in 0..N {
-                    v[j] = load::<TY>(values, (c * N + j) * 16);
-                }
-                for r in 0..R {
-                    let weight = _mm512_set1_ps(*rows.s.add(r * PAGE_CELLS + c));
-                    for j in 0..N {
-                        sum[r][j] = _mm512_fmadd_ps(weight, v[j], sum[r][j]);
+        let first = values.wrapping_add(run.start * N * 32);
+        for (cells, later) in rows.ahead.stretches(first, run.len(), N * 32, AHEAD) {
+            for c in cells {
+                let c = run.start + c;
+                // SAFETY: 64 cells of `16 N` values, `R` rows of 64 weights.
+                unsafe {
+                    if TY != F32 {
+                        let line = values.wrapping_add(c * N * 32);
+                        _mm_prefetch::<_MM_HINT_T0>(line.wrapping_offset(later).cast());
+                    }
+                    let mut v = [_mm512_setzero_ps(); N];
+                    if N == 2 {
+                        let size = if TY == F32 { 4 } else { 2 };
+                        v.copy_from_slice(&load_two::<TY>(values.add(c * 32 * size)));
+                    } else {
+                        v[0] = load::<TY>(values, c * 16);
+                    }
+                    for r in 0..R {
+                        let weight = _mm512_set1_ps(*rows.s.add(r * PAGE_CELLS + c));
+                        for j in 0..N {
+                            sum[r][j] = _mm512_fmadd_ps(weight, v[j], sum[r][j]);
+                        }
                     }
                 }
             }
@@ -497,12 +545,17 @@ unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
     for r in 0..R {
         // SAFETY: `R` rows of `acc`, `alpha` and `beta`.
         unsafe {
+            let mut sum = sum[r];
+            if N == 2 {
+                let two = in_order::<TY>([sum[0], sum[1]]);
+                sum.copy_from_slice(&two);
+            }
             let alpha = _mm512_set1_ps(*rows.alpha.add(r));
             let beta = _mm512_set1_ps(*rows.beta.add(r));
             for j in 0..N {
                 let acc = rows.acc.add(r * rows.dim + j * 16);
                 let old = _mm512_mul_ps(_mm512_loadu_ps(acc), alpha);
-                _mm512_storeu_ps(acc, _mm512_fmadd_ps(beta, sum[r][j], old));
+                _mm512_storeu_ps(acc, _mm512_fmadd_ps(beta, sum[j], old));
             }
         }
     }
