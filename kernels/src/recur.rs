@@ -130,7 +130,8 @@ pub fn recur_with(isa: Isa, pool: &Pool, form: Form, seqs: &mut [Recur<'_>]) {
             )
         })
         .collect();
-    pool.for_each(heads.len(), 1, |range| {
+    // Each thread goes through states that lie beside each other, and finds those of the last call in its cache.
+    pool.for_each_in_parts(heads.len(), 1, |range| {
         for (seq, heads) in &heads[range] {
             let (stored, state, out) = &inputs[*seq];
             if stored.n_tokens == 0 || stored.head_dim_v == 0 {
