@@ -222,6 +222,10 @@ pub(crate) struct Tile {
     /// Room for a page of keys or values as F32.
     pub(crate) wide: Buffer,
     pub(crate) ahead: Ahead,
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "only the form on AMX asks so")
+    )]
     pub(crate) pace: Pace,
     /// Room for integer weights, `[row][2][64]` bytes, for whole groups of `ROWS` rows.
     pub(crate) w16: Vec<u8>,
