@@ -9,6 +9,7 @@
 //! Gimelshein, 2018) and partitions are merged in order, whatever the number of queries in the
 //! call and of threads. So a query's result has the same bits in prefill and in decode.
 
+pub(crate) mod ahead;
 pub(crate) mod layout;
 mod page;
 pub(crate) mod tile;

@@ -15,7 +15,7 @@ pub enum Isa {
     AvxVnni,
     /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
     Avx512,
-    /// [`Isa::Avx512`] with AMX tiles for 8-bit integers and BF16, allowed by the kernel.
+    /// [`Isa::Avx512`] with VBMI and AMX tiles for 8-bit integers and BF16, allowed by the kernel.
     Amx,
 }
 

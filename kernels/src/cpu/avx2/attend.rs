@@ -5,8 +5,9 @@
 //! and the first rows' pass leaves the cells in F32 for the others. Q8_0 cells, queries, and weights of a
 //! page are multiplied as 16-bit integers.
 
+use crate::attend::ahead::Ahead;
 use crate::attend::layout::{BLOCK, HALF_CELLS, K_BLOCK_BYTES, KvType, PAGE_CELLS, V_BLOCK_BYTES};
-use crate::attend::tile::{Ahead, PageKernels, ROWS, Tile, half_seen, nothing, runs};
+use crate::attend::tile::{PageKernels, ROWS, Tile, half_seen, nothing, runs};
 use std::arch::asm;
 use std::arch::x86_64::*;
 

@@ -5,8 +5,9 @@
 //! multiplied as 16-bit integers (VNNI): exact sums, and an error of a query or weight of at most
 //! 2^-16 of the largest one.
 
+use crate::attend::ahead::Ahead;
 use crate::attend::layout::{BLOCK, HALF_CELLS, K_BLOCK_BYTES, KvType, PAGE_CELLS, V_BLOCK_BYTES};
-use crate::attend::tile::{Ahead, PageKernels, ROWS, Tile, half_seen, nothing, runs};
+use crate::attend::tile::{PageKernels, ROWS, Tile, half_seen, nothing, runs};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -366,7 +367,8 @@ fn largest_of_each(v: &[__m512; 16]) -> __m512 {
     across(across(fours[0], fours[1]), across(fours[2], fours[3]))
 }
 
-/// See [`PageKernels::soft_max`]; `ASK` for cells meanwhile, [`Tile::pace`]. Sixteen rows' maxima and factors are found together.
+/// See [`PageKernels::soft_max`]. Sixteen rows' maxima and factors are found together. `ASK`: cells
+/// are asked for meanwhile ([`Tile::pace`]).
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(crate) unsafe fn soft_max<const ASK: bool>(tile: &mut Tile) {
     let mut pace = tile.pace;
