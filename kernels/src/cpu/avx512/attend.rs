@@ -26,10 +26,12 @@ pub(crate) const KERNELS: PageKernels = PageKernels {
     byte_q: false,
 };
 
-/// Bytes from the cell in use to the one asked for: half a page of keys of 128 dimensions, about
-/// 1,000 cycles of eight rows. The processor's own prefetch stops at each 4 KiB boundary, and does
-/// not know the next page.
-pub(crate) const AHEAD: usize = 8192;
+/// Bytes from the cell in use to the one asked for into the L2 cache: half a page of keys of 128
+/// dimensions, about 1,000 cycles of eight rows. The processor's own prefetch stops at each 4 KiB boundary,
+/// and does not know the next page.
+const FAR: usize = 8192;
+/// Bytes from the cell in use to the one asked for into the L1 cache.
+const NEAR: usize = 1024;
 
 /// `sum + a b` of pairs of 16-bit integers in every lane. By name: of the intrinsic compilers make a
 /// product and a sum, twice the work, where they know more of an operand.
@@ -151,7 +153,7 @@ fn in_order<const TY: u8>(x: [__m512; 2]) -> [__m512; 2] {
 unsafe fn widen<const TY: u8>(from: *const u8, to: *mut f32, n: usize, ahead: Ahead) {
     for i in (0..n).step_by(16) {
         if i.is_multiple_of(32) {
-            ahead.ask(from.wrapping_add(2 * i), AHEAD);
+            ahead.ask_twice(from.wrapping_add(2 * i), NEAR, FAR);
         }
         // SAFETY: within the `n` numbers.
         unsafe { _mm512_storeu_ps(to.add(i), load::<TY>(from, i)) }
@@ -215,13 +217,14 @@ unsafe fn score_rows<const R: usize, const TY: u8>(
     ahead: Ahead,
 ) {
     let mut sum = [[_mm512_setzero_ps(); 2]; R];
-    for (dims, later) in ahead.stretches(keys, dim, HALF_CELLS * 2, AHEAD) {
+    for (dims, later) in ahead.stretches(keys, dim, HALF_CELLS * 2, FAR) {
         for i in dims {
             // SAFETY: `dim` rows of 32 keys' numbers and of `ROWS` queries.
             unsafe {
                 if TY != F32 {
                     let line = keys.wrapping_add(i * HALF_CELLS * 2);
-                    _mm_prefetch::<_MM_HINT_T0>(line.wrapping_offset(later).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(line.wrapping_offset(later).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(NEAR).cast());
                 }
                 let size = if TY == F32 { 4 } else { 2 };
                 let k = load_two::<TY>(keys.add(i * HALF_CELLS * size));
@@ -298,8 +301,8 @@ unsafe fn score_rows_q8_0<const R: usize>(
                 sum[r] = [_mm512_set1_epi32(*bias.as_ptr().add(r * n_blocks + b)); 2];
             }
             for word in 0..WORDS {
-                ahead.ask(keys.add(word * 128), AHEAD);
-                ahead.ask(keys.add(word * 128 + 64), AHEAD);
+                ahead.ask_twice(keys.add(word * 128), NEAR, FAR);
+                ahead.ask_twice(keys.add(word * 128 + 64), NEAR, FAR);
                 let k = [
                     _mm512_loadu_si512(keys.add(word * 128).cast()),
                     _mm512_loadu_si512(keys.add(word * 128 + 64).cast()),
@@ -319,7 +322,7 @@ unsafe fn score_rows_q8_0<const R: usize>(
                 }
             }
             let scales = keys.add(WORDS * 128);
-            ahead.ask(scales, AHEAD);
+            ahead.ask_twice(scales, NEAR, FAR);
             let scale = [load::<F16>(scales, 0), load::<F16>(scales, 16)];
             for r in 0..R {
                 for half in 0..2 {
@@ -518,14 +521,15 @@ unsafe fn weigh_rows<const R: usize, const N: usize, const TY: u8>(
     let mut sum = [[_mm512_setzero_ps(); N]; R];
     for run in runs(seen) {
         let first = values.wrapping_add(run.start * N * 32);
-        for (cells, later) in rows.ahead.stretches(first, run.len(), N * 32, AHEAD) {
+        for (cells, later) in rows.ahead.stretches(first, run.len(), N * 32, FAR) {
             for c in cells {
                 let c = run.start + c;
                 // SAFETY: 64 cells of `16 N` values, `R` rows of 64 weights.
                 unsafe {
                     if TY != F32 {
                         let line = values.wrapping_add(c * N * 32);
-                        _mm_prefetch::<_MM_HINT_T0>(line.wrapping_offset(later).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(line.wrapping_offset(later).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(NEAR).cast());
                     }
                     let mut v = [_mm512_setzero_ps(); N];
                     if N == 2 {
@@ -664,8 +668,8 @@ unsafe fn weigh_q8_0(tile: &mut Tile, values: *const u8, seen_cells: u64) {
             unsafe {
                 let values = values.add(chunk * V_BLOCK_BYTES);
                 let worth = tile.wide.ptr();
-                tile.ahead.ask(scales(chunk), AHEAD);
-                tile.ahead.ask(scales(chunk).add(64), AHEAD);
+                tile.ahead.ask_twice(scales(chunk), NEAR, FAR);
+                tile.ahead.ask_twice(scales(chunk).add(64), NEAR, FAR);
                 integer_weights(tile, scales(chunk), steps, worth);
                 for row in (0..n_rows).step_by(ROWS) {
                     let rows = RowsQ8 {
@@ -719,8 +723,9 @@ unsafe fn weigh_rows_q8_0<const R: usize>(rows: &RowsQ8, values: *const u8, seen
         }
         // SAFETY: 16 groups of 4 cells x 32 dimensions, `R` rows of 64 weights.
         unsafe {
-            rows.ahead.ask(values.add(group * 128), AHEAD);
-            rows.ahead.ask(values.add(group * 128 + 64), AHEAD);
+            rows.ahead.ask_twice(values.add(group * 128), NEAR, FAR);
+            rows.ahead
+                .ask_twice(values.add(group * 128 + 64), NEAR, FAR);
             let v = [
                 _mm512_loadu_si512(values.add(group * 128).cast()),
                 _mm512_loadu_si512(values.add(group * 128 + 64).cast()),
