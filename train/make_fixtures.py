@@ -1,4 +1,4 @@
-"""Write fixtures/nodes-*/ and fixtures/gist-*/: tiny random checkpoints with memory, and what they must give.
+"""Write fixtures/nodes-*/, fixtures/gist-*/ and fixtures/concepts-*/: tiny random checkpoints with memory, and what they must give.
 
     python train/make_fixtures.py [name ...]
 
@@ -18,6 +18,11 @@ from reference import Model, token_texts
 
 ROOT = Path(__file__).resolve().parent.parent / "fixtures"
 LEARNED = ("linear", "mlp", "cosine")
+# Matrices of a layer that may have a low-rank addition, and where the checkpoint has them.
+ALL = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+SOURCES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+           "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+           "ffn_down": "mlp.down_proj"}
 
 # name: (family, memory keys, sizes). Sizes default to those of `base_config` and `memory_keys`.
 SPECS = {
@@ -39,6 +44,11 @@ SPECS = {
     "nodes-never": ("llama", {"reset": "never", "node.sees": "nodes", "window": 8}, {}),
     "gist-llama": ("llama", {"kind": "gist", "node.slots": 2, "gist.keep_bos": True}, {"text": True}),
     "gist-qwen2": ("qwen2", {"kind": "gist", "node.slots": 2, "gist.keep_bos": False}, {"text": True}),
+    "concepts-qwen2": ("qwen2", {"kind": "concepts"}, {"text": True, "lora": ALL, "bias": True}),
+    "concepts-llama": ("llama", {"kind": "concepts", "concepts.segment": 12, "concepts.ratio": 3},
+                       {"text": True, "lora": ("attn_q", "attn_k", "attn_v")}),
+    "concepts-qwen3": ("qwen3", {"kind": "concepts", "concepts.segment": 9, "concepts.ratio": 4},
+                       {"text": True, "lora": ("attn_q", "attn_output", "ffn_up"), "rank": 3}),
 }
 
 SOURCE = {"qwen2": "qwen2-tiny", "qwen3": "qwen3-tiny", "llama": "llama-tiny"}
@@ -65,6 +75,8 @@ def memory_keys(keys, sizes):
     """The "memory" object: the keys of a row over the defaults."""
     if keys.get("kind") == "gist":
         return {"sinks": 0, "window": 0, "position": "keep", **keys}
+    if keys.get("kind") == "concepts":
+        return {"concepts.segment": 20, "concepts.ratio": 2, **keys}
     out = {
         "kind": "nodes", "sinks": 0, "window": 0, "reset": "cut", "position": "keep", "node.slots": 1,
         "node.sees": "segment", "node.top_k": 0, "node.max": 0, "node.fanin": 4, "decider.type": "linear",
@@ -76,7 +88,7 @@ def memory_keys(keys, sizes):
     return out
 
 
-def weights(config, rng):
+def weights(config, rng, sizes):
     """Random tensors by name: nothing at the value a default would have."""
     w = {}
     d, inter, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
@@ -107,6 +119,18 @@ def weights(config, rng):
 
     m = config["memory"]
     if m["kind"] == "gist":
+        return w
+    if m["kind"] == "concepts":
+        matrix("mem.ce_proj.weight", d, d, 0.7)
+        if sizes.get("bias"):
+            w["mem.ce_proj.bias"] = rng.normal(0, 0.2, d)
+        w["mem.query.weight"] = rng.normal(0, 0.5, (-(-m["concepts.segment"] // m["concepts.ratio"]), d))
+        rank = sizes.get("rank", 4)
+        for i in range(config["num_hidden_layers"]):
+            for name in sizes["lora"]:
+                rows, cols = w[f"model.layers.{i}.{SOURCES[name]}.weight"].shape
+                matrix(f"mem.lora.{i}.{name}.a.weight", rank, cols)
+                matrix(f"mem.lora.{i}.{name}.b.weight", rows, rank, 0.7)
         return w
     c, heads, ffn = (m[f"compressor.{k}"] for k in ("embedding_length", "head_count", "feed_forward_length"))
     slots = m["node.slots"]
@@ -158,6 +182,15 @@ def input_ids(config, family, sizes, length, rng, source):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    if config["memory"].get("kind") == "concepts":
+        # A question, a context of several segments, one of a few tokens, an empty one, and text around them.
+        begin, end = config["memory"]["context_token_ids"]
+        pieces = ("Where is", TEXT, " and", "It is red.", "?", "", " Say it.")
+        ids = []
+        for i, piece in enumerate(pieces):
+            inner = tokenizer.encode(piece, add_special_tokens=False).ids
+            ids += [begin, *inner, end] if i % 2 else inner
+        return ids
     gist = config["memory"].get("gist_token_ids")
     if not gist:
         return tokenizer.encode(TEXT, add_special_tokens=False).ids
@@ -179,12 +212,17 @@ def attempt(name, seed):
     if keys.get("kind") == "gist":
         config["memory"]["gist_token_ids"] = [config["vocab_size"] + j for j in range(keys["node.slots"])]
         config["vocab_size"] += keys["node.slots"]
-    w = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in weights(config, rng).items()}
+    if keys.get("kind") == "concepts":
+        config["memory"]["context_token_ids"] = [config["vocab_size"], config["vocab_size"] + 1]
+        config["vocab_size"] += 2
+    w = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in weights(config, rng, sizes).items()}
     source = ROOT / SOURCE[family]
-    model = Model(config, w, token_texts(source))
+    texts = token_texts(source)
+    texts.update({t: b"" for t in config["memory"].get("context_token_ids", [])})
+    model = Model(config, w, texts)
     ids = input_ids(config, family, sizes, sizes.get("length", 80), rng, source)
     out = model.forward(ids)
-    if keys.get("kind") != "gist":
+    if keys.get("kind", "nodes") == "nodes":
         if config["memory"]["decider.type"] in LEARNED and np.abs(out["p"] - config["memory"]["decider.threshold"]).min() < 1e-3:
             return None, "p too near tau"
         if out["pending"]:
@@ -218,8 +256,10 @@ def write(name):
     for file in ("tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(source / file, folder / file)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
-    for j, token in enumerate(config["memory"].get("gist_token_ids", [])):
-        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": token, "content": f"<|gist_{j}|>"})
+    names = [(token, f"<|gist_{j}|>") for j, token in enumerate(config["memory"].get("gist_token_ids", []))]
+    names += zip(config["memory"].get("context_token_ids", []), ("<|context|>", "<|/context|>"))
+    for token, content in names:
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": token, "content": content})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(w, folder / "model.safetensors", {"format": "pt"})

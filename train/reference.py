@@ -1,4 +1,4 @@
-"""The `nodes` and `gist` memories written down plainly, in F64, one entry at a time.
+"""The `nodes`, `gist` and `concepts` memories written down plainly, in F64, one entry at a time.
 
 This file is the oracle of the engine and of the fast trainer: it follows memory.md sentence by sentence and is as
 slow as that makes it. The ops at the top bear the names and the argument order of the scalar kernels; `forward` at the
@@ -22,6 +22,11 @@ Choices made where memory.md leaves room (the engine makes the same ones):
 - Consolidation is repeated until the bound holds. It folds the oldest `fanin` nodes of the level that holds most nodes
   (ties: the lowest level), fewer where that level holds fewer; if it holds only one, the oldest nodes of any level.
   A child of level 0 or more contributes its own r; the new level is the highest of the children's plus one.
+- concepts: a context is what lies between the two context tokens; neither they nor it enter. A segment is closed when
+  one more token is pending than it may hold, behind its last whole sentence (behind all but that token where it has
+  none), or by the end token. A segment of n tokens has the first ceil(n / ratio) queries behind it and is read alone,
+  from position 0. `b` of a low-rank addition holds its factor. A context token answers with the scores of its last
+  embedding where it closes the context, and with nothing (a row of zeros, `answers` 0) otherwise.
 - gist: a run of gist tokens closes a segment; the next ordinary token opens one. With keep_bos the first entry is a
   sink if it is the bos token.
 """
@@ -166,6 +171,9 @@ class Memory:
     conv_kernel: int = 4
     gist_token_ids: tuple = ()
     keep_bos: bool = True
+    context_token_ids: tuple = ()
+    concept_segment: int = 20
+    concept_ratio: int = 2
 
     KEYS = {
         "kind": "kind", "sinks": "sinks", "window": "window", "reset": "reset", "position": "position",
@@ -176,6 +184,7 @@ class Memory:
         "compressor.embedding_length": "embedding_length", "compressor.head_count": "head_count",
         "compressor.feed_forward_length": "feed_forward_length", "compressor.conv_kernel": "conv_kernel",
         "gist_token_ids": "gist_token_ids", "gist.keep_bos": "keep_bos",
+        "context_token_ids": "context_token_ids", "concepts.segment": "concept_segment", "concepts.ratio": "concept_ratio",
     }
 
     @classmethod
@@ -369,6 +378,7 @@ class Model:
         self.eps = config["rms_norm_eps"]
         self.embd = self.w["model.embed_tokens.weight"]
         self.output = self.w.get("lm_head.weight", self.embd)
+        self.adapted = False
 
     @classmethod
     def load(cls, path):
@@ -379,13 +389,19 @@ class Model:
         config = json.loads((path / "config.json").read_text())
         return cls(config, load_file(path / "model.safetensors"), token_texts(path))
 
+    def _project(self, i, name, gguf_name, x):
+        """x [n, n_in] times a matrix of layer i, with its low-rank addition while a segment is compressed."""
+        z = mul_mat(x, self.w[f"model.layers.{i}.{name}.weight"])
+        a = self.w.get(f"mem.lora.{i}.{gguf_name}.a.weight") if self.adapted else None
+        return z if a is None else add(z, mul_mat(mul_mat(x, a), self.w[f"mem.lora.{i}.{gguf_name}.b.weight"]))
+
     def _layer(self, i, cell, x, cells):
         """Decoder layer i for one entry; cells are those that may be seen, the entry's own the last of them."""
         w, p = self.w, f"model.layers.{i}"
         h = rms_norm(x[None], w[f"{p}.input_layernorm.weight"], self.eps)
         qkv = []
         for name, n in (("q", self.n_head), ("k", self.n_head_kv), ("v", self.n_head_kv)):
-            z = mul_mat(h, w[f"{p}.self_attn.{name}_proj.weight"])
+            z = self._project(i, f"self_attn.{name}_proj", f"attn_{name}", h)
             bias = w.get(f"{p}.self_attn.{name}_proj.bias")
             z = (z if bias is None else add(z, bias)).reshape(1, n, self.head_dim)
             norm = w.get(f"{p}.self_attn.{name}_norm.weight") if name != "v" else None
@@ -400,10 +416,10 @@ class Model:
         keys, values = (np.stack([getattr(c, a)[i] for c in cells]) for a in "kv")
         mask = self._ranked(cell, cells, q[0], keys)
         o = attend(self.n_head, 1.0 / math.sqrt(self.head_dim), q, keys, values, mask[None])
-        x = add(x, mul_mat(o.reshape(1, -1), w[f"{p}.self_attn.o_proj.weight"])[0])
+        x = add(x, self._project(i, "self_attn.o_proj", "attn_output", o.reshape(1, -1))[0])
         h = rms_norm(x[None], w[f"{p}.post_attention_layernorm.weight"], self.eps)
-        ffn = swiglu(mul_mat(h, w[f"{p}.mlp.gate_proj.weight"]), mul_mat(h, w[f"{p}.mlp.up_proj.weight"]))
-        return add(x, mul_mat(ffn, w[f"{p}.mlp.down_proj.weight"])[0])
+        ffn = swiglu(self._project(i, "mlp.gate_proj", "ffn_gate", h), self._project(i, "mlp.up_proj", "ffn_up", h))
+        return add(x, self._project(i, "mlp.down_proj", "ffn_down", ffn)[0])
 
     def _ranked(self, cell, cells, q, keys):
         """Mask [n_head_kv, n] over the visible cells: all of them, or with top_k the best node cells per kv head.
@@ -442,7 +458,8 @@ class Model:
 
     def forward(self, ids):
         """One pass over the token list. Returns a dict of arrays: see train/README.md for names and shapes."""
-        return self._forward_gist(ids) if self.memory.kind == "gist" else self._forward_nodes(ids)
+        forward = {"gist": self._forward_gist, "nodes": self._forward_nodes, "concepts": self._forward_concepts}
+        return forward[self.memory.kind](ids)
 
     def _logits(self, x):
         return mul_mat(rms_norm(x[None], self.w["model.norm.weight"], self.eps), self.output)[0]
@@ -468,6 +485,71 @@ class Model:
             "logits": np.array(logits), "cuts": np.array(cut, np.int64),
             "entry_pos": np.array([c.pos for c in cells], np.int64),
             "entry_kind": np.array([c.kind for c in cells], np.int64),
+        }
+
+    def _compress(self, tokens):
+        """Embeddings [ceil(n / ratio), D] of a segment, from nothing but its tokens."""
+        n_slots = -(-len(tokens) // self.memory.concept_ratio)
+        rows = [*(self.embd[t] for t in tokens), *self.w["mem.query.weight"][:n_slots]]
+        self.adapted = True
+        cells, hidden = [], []
+        for pos, x in enumerate(rows):
+            cell = Cell(1, pos, 0, 0, False)
+            hidden.append(self._entry(cell, x, cells))
+            cells.append(cell)
+        self.adapted = False
+        h = rms_norm(np.array(hidden[len(tokens):]), self.w["model.norm.weight"], self.eps)
+        e = mul_mat(h, self.w["mem.ce_proj.weight"])
+        bias = self.w.get("mem.ce_proj.bias")
+        return e if bias is None else add(e, bias)
+
+    def _whole_sentences(self, pending):
+        """How many of the pending tokens, one more than a segment holds, become a segment."""
+        for n in range(len(pending) - 1, 0, -1):
+            texts = [self.texts[t] for t in pending]
+            if sentence_cut(texts[n - 2] if n > 1 else None, texts[n - 1], texts[n]):
+                return n
+        return len(pending) - 1
+
+    def _forward_concepts(self, ids):
+        begin, end = self.memory.context_token_ids
+        cells, logits, answers, segments, embeddings = [], [], [], [], []
+        inside, pending = False, []
+        self.rank_gap = math.inf
+
+        def enter(x):
+            cell = Cell(0, len(cells), 0, len(cells), False)
+            out = self._logits(self._entry(cell, x, cells))
+            cells.append(cell)
+            return out
+
+        def close(n, after):
+            e = self._compress(pending[:n])
+            segments.append((after - len(pending), after - len(pending) + n))
+            embeddings.extend(e)
+            del pending[:n]
+            return [enter(x) for x in e][-1]
+
+        for t, token in enumerate(ids):
+            answer = None
+            if not inside and token == begin:
+                inside = True
+            elif not inside:
+                answer = enter(self.embd[token])
+            elif token == end:
+                inside = False
+                if pending:
+                    answer = close(len(pending), t)
+            else:
+                pending.append(token)
+                if len(pending) > self.memory.concept_segment:
+                    close(self._whole_sentences(pending), t + 1)
+            answers.append(int(answer is not None))
+            logits.append(np.zeros(len(self.output)) if answer is None else answer)
+        return {
+            "logits": np.array(logits), "answers": np.array(answers, np.int64),
+            "segments": np.array(segments, np.int64).reshape(-1, 2), "slot_embd": np.array(embeddings),
+            "cuts": np.array([b - 1 for _, b in segments], np.int64),
         }
 
     def _forward_nodes(self, ids):

@@ -1,5 +1,7 @@
-//! Memories in checkpoints: AHN in its published layout, `nodes` and `gist` as the trainer exports
+//! Memories in checkpoints: AHN in its published layout, `nodes`, `gist` and `concepts` as a trainer exports
 //! them. Keys and tensors are those of `docs/gguf.md`.
+
+use std::ops::RangeInclusive;
 
 use mneme_engine::gguf::{GgufWriter, Value};
 use serde_json::Value as Json;
@@ -36,7 +38,7 @@ impl AhnKind {
 /// What a checkpoint holds besides its base model.
 #[derive(Debug)]
 pub struct Memory {
-    /// `{arch}.memory.*` and `tokenizer.ggml.gist_token_ids`, in full.
+    /// `{arch}.memory.*` and the `tokenizer.ggml.*_token_ids` of the memory, in full.
     keys: Vec<(String, Value)>,
     /// `ahn`, `nodes`, `gist` or `concepts`.
     pub kind: String,
@@ -374,6 +376,7 @@ impl Checkpoint<'_> {
             // These are about the vocabulary, and live with it.
             let name = match key.as_str() {
                 "gist_token_ids" | "gist.token_ids" => "tokenizer.ggml.gist_token_ids".to_string(),
+                "context_token_ids" => "tokenizer.ggml.context_token_ids".to_string(),
                 _ => format!("{arch}.memory.{key}"),
             };
             out.push((name, value));
@@ -395,24 +398,32 @@ impl Checkpoint<'_> {
                     &object["kind"],
                 )
             })?;
-        if kind == "gist" {
-            self.check_gist(&out)?;
+        match kind.as_str() {
+            "gist" => self.check_tokens(&out, "gist_token_ids", 1..=usize::MAX)?,
+            "concepts" => self.check_tokens(&out, "context_token_ids", 2..=2)?,
+            _ => {}
         }
         let mut tensors = Vec::new();
         for (name, tensor) in self.source.tensors() {
             if name.starts_with("mem.") {
                 let role = exported_role(name, tensor.shape.len());
+                let layout = self.layout_of(name);
                 tensors.push(PlannedTensor::from_source(
                     name.clone(),
                     tensor,
-                    Layout::AsIs,
+                    layout,
                     role,
                 ));
             }
         }
-        if tensors.is_empty() && kind == "nodes" {
+        let first = match kind.as_str() {
+            "nodes" => Some("mem.in.weight"),
+            "concepts" => Some("mem.ce_proj.weight"),
+            _ => None,
+        };
+        if let Some(first) = first.filter(|name| !self.source.tensors().contains_key(*name)) {
             return Err(Error::MissingTensor {
-                tensor: "mem.in.weight".into(),
+                tensor: first.into(),
                 path: self.source.folder().to_path_buf(),
             });
         }
@@ -424,11 +435,30 @@ impl Checkpoint<'_> {
         Ok((memory, tensors))
     }
 
-    fn check_gist(&self, keys: &[(String, Value)]) -> Result<(), Error> {
-        let found = keys
-            .iter()
-            .find(|(key, _)| key == "tokenizer.ggml.gist_token_ids");
-        let json = &self.config.json()["memory"]["gist_token_ids"];
+    /// How rows of a memory's tensor lie in the file: what is added to q and k as those do.
+    fn layout_of(&self, name: &str) -> Layout {
+        let added = name.starts_with("mem.lora.") && self.config.arch == Arch::Llama;
+        match added {
+            true if name.ends_with(".attn_q.b.weight") => Layout::RopePairs {
+                n_head: self.config.n_head,
+            },
+            true if name.ends_with(".attn_k.b.weight") => Layout::RopePairs {
+                n_head: self.config.n_head_kv,
+            },
+            _ => Layout::AsIs,
+        }
+    }
+
+    /// `tokenizer.ggml.{name}`: so many tokens of the vocabulary.
+    fn check_tokens(
+        &self,
+        keys: &[(String, Value)],
+        name: &str,
+        expected: RangeInclusive<usize>,
+    ) -> Result<(), Error> {
+        let key = format!("tokenizer.ggml.{name}");
+        let found = keys.iter().find(|(k, _)| *k == key);
+        let json = &self.config.json()["memory"][name];
         let ids = found.and_then(|(_, value)| value.as_array());
         let ids: Option<Vec<i128>> = ids.map(|ids| {
             (0..ids.len())
@@ -436,13 +466,18 @@ impl Checkpoint<'_> {
                 .collect()
         });
         let n_vocab = self.config.n_vocab as i128;
-        let fine = ids
-            .is_some_and(|ids| !ids.is_empty() && ids.iter().all(|id| (0..n_vocab).contains(id)));
+        let fine = ids.is_some_and(|ids| {
+            expected.contains(&ids.len()) && ids.iter().all(|id| (0..n_vocab).contains(id))
+        });
         if fine {
             return Ok(());
         }
-        let expected = format!("token ids below vocab_size = {n_vocab}");
-        Err(self.key_error("memory.gist_token_ids", &expected, json))
+        let number = match *expected.end() {
+            usize::MAX => String::new(),
+            n => format!("{n} "),
+        };
+        let expected = format!("{number}token ids below vocab_size = {n_vocab}");
+        Err(self.key_error(&format!("memory.{name}"), &expected, json))
     }
 
     /// Turns a JSON object into dotted keys with GGUF values: integers u32 (i32 if negative), other numbers
@@ -512,6 +547,9 @@ fn exported_role(name: &str, n_dims: usize) -> Role {
         "map.weight",
         "q.weight",
         "k.weight",
+        "ce_proj.weight",
+        "a.weight",
+        "b.weight",
     ];
     let suffix = name.rsplit_once('.').map(|(head, last)| {
         let part = head.rsplit_once('.').map_or(head, |(_, part)| part);
@@ -537,6 +575,9 @@ mod tests {
             "mem.blk.0.ffn_down.weight",
             "mem.node.map.weight",
             "mem.decider.q.weight",
+            "mem.ce_proj.weight",
+            "mem.lora.11.attn_q.a.weight",
+            "mem.lora.0.ffn_down.b.weight",
         ] {
             assert_eq!(exported_role(name, 2), Role::MemoryMatrix, "{name}");
         }
@@ -546,6 +587,7 @@ mod tests {
             "mem.decider.weight",
             "mem.decider.0.weight",
             "mem.node.slot.weight",
+            "mem.query.weight",
             "mem.in_norm.weight",
             "mem.blk.1.dt.bias",
         ] {

@@ -1,10 +1,11 @@
 //! The engine: a model, verbs, and the passes that step sequences together.
 
 use crate::error::{Error, FeedError, Result};
+use crate::memory::concepts::cache::ConceptCache;
 use crate::memory::spec::MemorySpec;
 use crate::memory::{Memory, Plan};
 use crate::model::{Pass, Scratch};
-use crate::ops::{MOST_BEST, Ops};
+use crate::ops::{Buffer, MOST_BEST, Ops};
 use crate::sequence::{Sequence, SequenceOptions};
 use std::sync::Arc;
 
@@ -76,11 +77,15 @@ pub struct Feed<'a> {
 pub struct Engine {
     /// The model.
     pub model: Arc<Model>,
-    ops: Box<dyn Ops>,
+    /// Compressed contexts; in this process alone unless a place for them is given.
+    pub concepts: ConceptCache,
+    pub(crate) ops: Box<dyn Ops>,
     /// Of the layers that run by the verbs themselves, the last ones.
-    scratch: Scratch,
+    pub(crate) scratch: Scratch,
     /// Of the layers before them, where the model is split.
-    before: Scratch,
+    pub(crate) before: Scratch,
+    /// Embeddings of the segments compressed last.
+    pub(crate) embeddings: Buffer,
     /// A pass's logits, where another device computed them.
     logits: Vec<f32>,
     n_ubatch: usize,
@@ -107,6 +112,8 @@ impl Engine {
             ops,
             scratch: Scratch::default(),
             before: Scratch::default(),
+            concepts: ConceptCache::default(),
+            embeddings: Buffer::default(),
             logits: Vec::new(),
             n_ubatch,
         }
@@ -162,6 +169,10 @@ impl Engine {
             if let Some(&id) = feed.tokens.iter().find(|&&id| id as usize >= n_vocab) {
                 return Err(blame(Error::TokenId { id, n_vocab }));
             }
+            if feed.want != Want::None && !feed.tokens.is_empty() {
+                let every = feed.want.is_every();
+                feed.seq.memory.check(feed.tokens, every).map_err(blame)?;
+            }
         }
         let mut outputs: Vec<Output> = feeds.iter().map(|_| Output::default()).collect();
         let mut read = vec![0; feeds.len()];
@@ -200,6 +211,7 @@ impl Engine {
     ) -> std::result::Result<(), FeedError> {
         let hp = self.model.hparams();
         let width = if hidden { hp.n_embd } else { hp.n_vocab };
+        self.compress(feeds, shares, read)?;
         let mut plans: Vec<Plan> = Vec::with_capacity(feeds.len());
         for (i, feed) in feeds.iter_mut().enumerate() {
             let tokens = &feed.tokens[read[i]..read[i] + shares[i]];

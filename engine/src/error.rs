@@ -137,6 +137,14 @@ pub enum Error {
     /// Sequences of one pass keep their cells in different types.
     #[error("sequences of one pass must have the same types of keys and values")]
     MixedCells,
+    /// A place that compressed segments cannot be kept in.
+    #[error("concept cache {place}: {what}")]
+    ConceptCache {
+        /// The place, without a password.
+        place: String,
+        /// Why not.
+        what: String,
+    },
     /// Reading or writing failed.
     #[error("{path}: {source}")]
     Io {

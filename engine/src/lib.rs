@@ -5,6 +5,7 @@
 //! lets each memory commit. The engine knows no HTTP and no terminal.
 
 pub mod chat;
+mod compress;
 pub mod embed;
 pub mod engine;
 pub mod error;

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::gguf::{Gguf, TensorInfo};
 use crate::hparams::Hparams;
 use crate::memory::ahn::AhnTensors;
+use crate::memory::concepts::tensors::ConceptTensors;
 use crate::memory::trunk::NodeTensors;
 use crate::ops::{Buffer, Device, Matrix, Ops, Table};
 use std::sync::Arc;
@@ -66,6 +67,8 @@ pub struct Weights {
     pub rope_mscale: f32,
     /// `mem.*`, where the file or its adapter has them.
     pub nodes: Option<NodeTensors>,
+    /// The compressor of `concepts`, where the file or its adapter has one.
+    pub concepts: Option<ConceptTensors>,
     /// The file, for memory keys read when a memory is built.
     pub gguf: Arc<Gguf>,
     /// The memory adapter laid over it.
@@ -133,6 +136,12 @@ impl Loader<'_> {
     /// Whether a tensor of this name exists.
     pub fn has(&self, name: &str) -> bool {
         self.find(name).is_some()
+    }
+
+    /// Rows of the tensor `name`, where it exists: for shapes that the file decides.
+    pub fn n_rows(&self, name: &str) -> Option<usize> {
+        let (_, info) = self.find(name)?;
+        usize::try_from(info.dims.get(1).copied().unwrap_or(1)).ok()
     }
 
     /// The tensor `name` as rows, after a check of its shape.
@@ -285,6 +294,7 @@ impl Loader<'_> {
             "token_embd.weight"
         };
         let output = self.matrix(head, hp.n_vocab, hp.n_embd)?;
+        let concepts = ConceptTensors::load(&mut self, hp)?;
         // It reads embeddings, and its slots enter the first layer.
         self.ops = ops.of_layer(0);
         let nodes = NodeTensors::load(&mut self, hp)?;
@@ -295,6 +305,7 @@ impl Loader<'_> {
             output,
             rope_mscale,
             nodes,
+            concepts,
             gguf: Arc::clone(self.gguf),
             adapter: self.adapter.map(Arc::clone),
             hparams,

@@ -5,6 +5,7 @@
 //! place after it ([`Memory::commit`]). One memory is one file here and one row of [`MEMORIES`].
 
 pub mod ahn;
+pub mod concepts;
 pub mod decider;
 pub mod full;
 pub mod gist;
@@ -86,6 +87,8 @@ pub enum Source {
     Token(u32),
     /// The next of the slots of the nodes that [`Plan::readouts`] make.
     Slot,
+    /// A row of [`Plan::vectors`].
+    Vector(usize),
 }
 
 /// One entry of the main sequence: one row of the pass.
@@ -114,6 +117,8 @@ pub struct Plan {
     /// Last readouts `[n, c]` of the active memory over closed segments: the pass makes the slots of
     /// their nodes, so many for each, which are among the entries in this order.
     pub readouts: Vec<f32>,
+    /// Embeddings `[n, n_embd]` that entries bring with them.
+    pub vectors: Vec<f32>,
     /// Raw cells that [`Memory::recall`] takes in; those of the pass itself included.
     pub recalls: Range<u64>,
 }
@@ -169,6 +174,19 @@ pub struct RecallScratch {
 pub trait Memory: Send {
     /// The row of [`MEMORIES`] this is.
     fn name(&self) -> &'static str;
+
+    /// Refuses tokens after which there are no logits: after `every` one of them, or after the last.
+    fn check(&self, _tokens: &[u32], _every: bool) -> Result<()> {
+        Ok(())
+    }
+
+    /// The segments that a plan over `tokens` needs embeddings of, and how many of each.
+    fn segments(&self, _tokens: &[u32]) -> Vec<(Vec<u32>, usize)> {
+        Vec::new()
+    }
+
+    /// Takes the embeddings `[n, n_embd]` of each of [`Memory::segments`], for the next plan.
+    fn embed(&mut self, _embeddings: Vec<Arc<[f32]>>) {}
 
     /// Lays out the next pass over a prefix of `tokens`. `wanted` says whether logits of every
     /// token will be read (then no row may be skipped). On an error nothing has changed; what a
@@ -385,6 +403,12 @@ pub const MEMORIES: &[Row] = &[
         about: "learned gist tokens after each sentence stand for it",
         options: &["keep_bos"],
         build: gist::build,
+    },
+    Row {
+        name: "concepts",
+        about: "contexts compressed segment by segment into embeddings, cached and used again",
+        options: &["ratio", "segment"],
+        build: concepts::build,
     },
 ];
 

@@ -8,6 +8,7 @@
 use super::Forward;
 use crate::error::Result;
 use crate::hparams::Hparams;
+use crate::memory::concepts::tensors::{LayerLora, LowRank};
 use crate::memory::trunk::TrunkScratch;
 use crate::memory::{Memory, Plan, Recall, RecallScratch, Source};
 use crate::ops::{Buffer, Device, Ops, Part, Rows};
@@ -43,6 +44,10 @@ pub struct Scratch {
     pub recall: RecallScratch,
     /// What the compressor of `nodes` steps with, on the device of the first layer.
     pub trunk: TrunkScratch,
+    /// Between the two matrices of a low-rank addition `[n, rank]`, where a pass has them.
+    low: Buffer,
+    /// A low-rank addition `[n, n_out]`.
+    addition: Buffer,
 }
 
 impl Scratch {
@@ -107,6 +112,8 @@ pub struct Pass<'a> {
     n: usize,
     /// Whether the pass ends with hidden states in `s.h` instead of logits.
     pub hidden: bool,
+    /// Whether this is a pass of the compressor of `concepts`, with its low-rank additions.
+    adapted: bool,
     memories: Vec<&'a mut (dyn Memory + 'static)>,
 }
 
@@ -182,11 +189,16 @@ impl<'a> Pass<'a> {
             }
         }
         device.fill(&mut s.x, n * hp.n_embd, |x| {
-            let entries = plans.iter().flat_map(|plan| &plan.entries);
-            for (entry, row) in entries.zip(x.chunks_exact_mut(hp.n_embd)) {
-                // Slots are made where the first layer runs.
-                if let Source::Token(id) = entry.source {
-                    w.token_embd.read_row(id as usize, row);
+            let entries = plans.iter().flat_map(|plan| {
+                let vectors = plan.vectors.chunks_exact(hp.n_embd);
+                plan.entries.iter().map(move |e| (e, vectors.clone()))
+            });
+            for ((entry, mut vectors), row) in entries.zip(x.chunks_exact_mut(hp.n_embd)) {
+                match entry.source {
+                    Source::Token(id) => w.token_embd.read_row(id as usize, row),
+                    Source::Vector(i) => row.copy_from_slice(vectors.nth(i).expect("planned")),
+                    // Made where the first layer runs.
+                    Source::Slot => {}
                 }
             }
         })?;
@@ -201,8 +213,24 @@ impl<'a> Pass<'a> {
             rows,
             n,
             hidden: false,
+            adapted: false,
             memories,
         })
+    }
+
+    /// Makes this a pass of the compressor of `concepts`: with its low-rank additions, and hidden states
+    /// at the end.
+    pub fn adapt(&mut self) -> Result<()> {
+        let (hp, n) = (&self.w.hparams, self.n);
+        let rank = self.w.concepts.as_ref().map_or(0, |c| c.rank);
+        let widest = hp.n_ff.max(hp.n_embd).max(hp.n_head * hp.head_dim);
+        let behind = self.behind.iter_mut().map(|(ops, s)| (*ops, &mut **s));
+        for (ops, s) in std::iter::once((self.ops, &mut *self.s)).chain(behind) {
+            ops.device().resize(&mut s.low, n * rank)?;
+            ops.device().resize(&mut s.addition, n * widest)?;
+        }
+        (self.hidden, self.adapted) = (true, true);
+        Ok(())
     }
 
     /// Runs what the plans have left to the pass, all layers and the head.
@@ -256,6 +284,48 @@ impl<'a> Pass<'a> {
             .collect()
     }
 
+    /// `q, k, v = W_q h, W_k h, W_v h`.
+    pub fn project_qkv(&mut self, il: usize, layer: &Layer) {
+        let (ops, n) = (self.ops, self.n);
+        let lora = self.lora(il);
+        let s = &mut *self.s;
+        ops.mul_mat(
+            &s.h,
+            0..n,
+            &mut [
+                (&layer.attn_q, &mut s.q),
+                (&layer.attn_k, &mut s.k),
+                (&layer.attn_v, &mut s.v),
+            ],
+        );
+        if let Some(lora) = lora {
+            let room = (&mut s.low, &mut s.addition);
+            add_low_rank(ops, n, &s.h, &lora.attn_q, room, &mut s.q);
+            let room = (&mut s.low, &mut s.addition);
+            add_low_rank(ops, n, &s.h, &lora.attn_k, room, &mut s.k);
+            let room = (&mut s.low, &mut s.addition);
+            add_low_rank(ops, n, &s.h, &lora.attn_v, room, &mut s.v);
+        }
+    }
+
+    /// `h = W_output att`.
+    pub fn project_output(&mut self, il: usize, layer: &Layer) {
+        let (ops, n) = (self.ops, self.n);
+        let lora = self.lora(il);
+        let s = &mut *self.s;
+        ops.mul_mat(&s.att, 0..n, &mut [(&layer.attn_output, &mut s.h)]);
+        if let Some(lora) = lora {
+            let room = (&mut s.low, &mut s.addition);
+            add_low_rank(ops, n, &s.att, &lora.attn_output, room, &mut s.h);
+        }
+    }
+
+    /// A layer's low-rank additions, in a pass that has them.
+    fn lora(&self, il: usize) -> Option<&'a LayerLora> {
+        let concepts = self.w.concepts.as_ref().filter(|_| self.adapted)?;
+        concepts.lora.get(il)
+    }
+
     /// Writes this layer's keys and values into each memory's cells, attends over what each row
     /// sees, and adds what recurrent memories recall: `q, k, v, h -> att`.
     pub fn attend(&mut self, layer: usize) {
@@ -306,19 +376,29 @@ impl<'a> Pass<'a> {
 
     /// `x += W_down(silu(W_gate h) * (W_up h))` with `h = rms_norm(x)`: the feed-forward block all
     /// supported architectures share.
-    pub fn feed_forward(&mut self, layer: &Layer) {
-        let (n, eps) = (self.n(), self.w.hparams.rms_eps);
+    pub fn feed_forward(&mut self, il: usize, layer: &Layer) {
+        let (ops, n, eps) = (self.ops, self.n(), self.w.hparams.rms_eps);
+        let lora = self.lora(il);
         let s = &mut *self.s;
-        self.ops.rms_norm(&s.x, &layer.ffn_norm, eps, &mut s.h);
-        self.ops.mul_mat(
+        ops.rms_norm(&s.x, &layer.ffn_norm, eps, &mut s.h);
+        ops.mul_mat(
             &s.h,
             0..n,
             &mut [(&layer.ffn_gate, &mut s.gate), (&layer.ffn_up, &mut s.up)],
         );
-        self.ops.swiglu(&s.gate, &s.up, &mut s.act);
-        self.ops
-            .mul_mat(&s.act, 0..n, &mut [(&layer.ffn_down, &mut s.h)]);
-        self.ops.add(&mut s.x, &s.h);
+        if let Some(lora) = lora {
+            let room = (&mut s.low, &mut s.addition);
+            add_low_rank(ops, n, &s.h, &lora.ffn_gate, room, &mut s.gate);
+            let room = (&mut s.low, &mut s.addition);
+            add_low_rank(ops, n, &s.h, &lora.ffn_up, room, &mut s.up);
+        }
+        ops.swiglu(&s.gate, &s.up, &mut s.act);
+        ops.mul_mat(&s.act, 0..n, &mut [(&layer.ffn_down, &mut s.h)]);
+        if let Some(lora) = lora {
+            let room = (&mut s.low, &mut s.addition);
+            add_low_rank(ops, n, &s.act, &lora.ffn_down, room, &mut s.h);
+        }
+        ops.add(&mut s.x, &s.h);
     }
 
     /// Behind the last layer its norm and the head: logits of the wanted rows into `s.logits`, or
@@ -338,4 +418,21 @@ impl<'a> Pass<'a> {
         self.ops
             .mul_mat(&s.h, 0..n, &mut [(&self.w.output, &mut s.logits)]);
     }
+}
+
+/// `out += B (A x)` over the first `n` rows of `x`, where there is such an addition.
+fn add_low_rank(
+    ops: &dyn Ops,
+    n: usize,
+    x: &Buffer,
+    lora: &Option<LowRank>,
+    (low, addition): (&mut Buffer, &mut Buffer),
+    out: &mut Buffer,
+) {
+    let Some(lora) = lora else { return };
+    low.set_len(n * lora.rank);
+    addition.set_len(out.len());
+    ops.mul_mat(x, 0..n, &mut [(&lora.a, low)]);
+    ops.mul_mat(low, 0..n, &mut [(&lora.b, addition)]);
+    ops.add(out, addition);
 }

@@ -9,18 +9,10 @@ pub fn forward(pass: &mut Pass<'_>) {
     let hp = &w.hparams;
     for (il, layer) in pass.layers() {
         let (inv_freq, mscale) = (&layer.rope_inv_freq, w.rope_mscale);
-        let n = pass.n();
         let s = &mut *pass.s;
         ops.rms_norm(&s.x, &layer.attn_norm, hp.rms_eps, &mut s.h);
-        ops.mul_mat(
-            &s.h,
-            0..n,
-            &mut [
-                (&layer.attn_q, &mut s.q),
-                (&layer.attn_k, &mut s.k),
-                (&layer.attn_v, &mut s.v),
-            ],
-        );
+        pass.project_qkv(il, layer);
+        let s = &mut *pass.s;
         if let Some(bias) = &layer.attn_q_bias {
             ops.add_bias(&mut s.q, bias);
         }
@@ -52,12 +44,11 @@ pub fn forward(pass: &mut Pass<'_>) {
 
         pass.attend(il);
         pass.keep_wanted_rows(il);
-        let n = pass.n();
+        pass.project_output(il, layer);
         let s = &mut *pass.s;
-        ops.mul_mat(&s.att, 0..n, &mut [(&layer.attn_output, &mut s.h)]);
         ops.add(&mut s.x, &s.h);
 
-        pass.feed_forward(layer);
+        pass.feed_forward(il, layer);
     }
     pass.head();
 }
