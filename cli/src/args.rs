@@ -7,6 +7,7 @@ use crate::progress::{Progress, Unit};
 use anyhow::{Context, Result, bail};
 use mneme_engine::engine::N_UBATCH;
 use mneme_engine::grammar::{Grammar, GrammarVocab};
+use mneme_engine::memory::concepts::cache::ConceptCache;
 use mneme_engine::memory::{MEMORIES, spec::MemorySpec};
 use mneme_engine::ops::Contexts;
 use mneme_engine::sampler::{SamplerKind, SamplerParams};
@@ -107,6 +108,15 @@ pub struct ModelArgs {
     /// Trained memory to lay over the model (GGUF adapter)
     #[arg(long, value_name = "FILE")]
     pub memory_adapter: Option<PathBuf>,
+    /// Where compressed contexts are kept for the next time (memory `concepts`): a folder, redis://HOST:PORT/DB, or
+    /// none [default: mneme/concepts in the user's cache folder]
+    #[arg(
+        long,
+        value_name = "PLACE",
+        env = "MNEME_CONCEPT_CACHE",
+        hide_env_values = true
+    )]
+    pub concept_cache: Option<String>,
     /// Threads [default: all cores]
     #[arg(short, long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
@@ -176,8 +186,42 @@ impl ModelArgs {
             if known { e } else { e.context(named) }
         })?;
         drop(bar);
-        Ok(Engine::new(model, ops, self.ubatch_size.unwrap_or(0)))
+        let concepts = concept_cache(self.concept_cache.as_deref(), &model)?;
+        let mut engine = Engine::new(model, ops, self.ubatch_size.unwrap_or(0));
+        engine.concepts = concepts;
+        Ok(engine)
     }
+}
+
+/// Where `model` keeps compressed contexts, given what the flag says: nowhere but in this process for a
+/// model that compresses none.
+pub fn concept_cache(place: Option<&str>, model: &Model) -> Result<ConceptCache> {
+    if model.weights.concepts.is_none() {
+        return Ok(ConceptCache::default());
+    }
+    match place {
+        Some("none") => Ok(ConceptCache::default()),
+        Some(place) => ConceptCache::open(place).context("--concept-cache"),
+        None => {
+            let folder = cache_folder().map(|dir| dir.join("concepts"));
+            let folder = folder.as_deref().and_then(Path::to_str);
+            let open = |place| {
+                ConceptCache::open(place)
+                    .inspect_err(|e| eprintln!("compressed contexts are not kept: {e}"))
+                    .unwrap_or_default()
+            };
+            Ok(folder.map_or_else(ConceptCache::default, open))
+        }
+    }
+}
+
+/// The user's folder for what can be made again.
+fn cache_folder() -> Option<PathBuf> {
+    let cache = match std::env::var_os("XDG_CACHE_HOME").filter(|dir| !dir.is_empty()) {
+        Some(dir) => PathBuf::from(dir),
+        None => PathBuf::from(std::env::var_os("HOME")?).join(".cache"),
+    };
+    Some(cache.join("mneme"))
 }
 
 /// What the past is kept as.

@@ -347,9 +347,9 @@ impl Chat<'_> {
         self.rendered = text;
     }
 
-    /// Brings the sequence to hold `text`; returns what an answer begins from, or nothing when it
-    /// already does.
-    fn read(&mut self, text: String) -> Result<Option<Output>> {
+    /// Brings the sequence to hold `text`; returns what an answer begins from where one `answers`, or
+    /// nothing when it already does.
+    fn read(&mut self, text: String, answers: bool) -> Result<Option<Output>> {
         let model = self.engine.model.clone();
         let tokenizer = &model.tokenizer;
         let mut tokens;
@@ -386,7 +386,12 @@ impl Chat<'_> {
             grammar: self.grammar.clone(),
             pending: std::mem::take(&mut self.pending),
         };
-        match speaker.read(&tokens, self.args.batch_size) {
+        let n_batch = self.args.batch_size;
+        let read = match answers {
+            true => speaker.read(&tokens, n_batch),
+            false => (speaker.read_on(&tokens, n_batch)).map(|()| Output::default()),
+        };
+        match read {
             Ok(output) => {
                 self.set_rendered(text);
                 Ok(Some(output))
@@ -452,7 +457,7 @@ impl Chat<'_> {
 
     fn answer(&mut self) -> Result<()> {
         let text = self.render(&self.messages, true)?;
-        let Some(output) = self.read(text)? else {
+        let Some(output) = self.read(text, true)? else {
             bail!("the template adds nothing for an answer to follow");
         };
         let limits = Limits {
@@ -541,7 +546,7 @@ impl Chat<'_> {
         if !self.draft.is_empty() {
             self.draft += "\n\n";
         }
-        self.draft += text.trim_end();
+        self.draft += &self.engine.model.context(self.seq.spec(), text.trim_end());
         // The conversation up to the end of the text: the template's rest comes with the question.
         const MARK: &str = "\u{1}here\u{1}";
         let mut messages = self.messages.clone();
@@ -559,7 +564,7 @@ impl Chat<'_> {
             // Not its last words: with what follows they may become other tokens.
             let sure = &text[..whole_words(text)];
             if sure.len() > self.rendered.len() {
-                self.read(sure.to_owned())?;
+                self.read(sure.to_owned(), false)?;
             }
         }
         Ok(format!(

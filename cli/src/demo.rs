@@ -261,6 +261,7 @@ pub fn run(args: &Args) -> Result<()> {
     let engine = ModelArgs {
         model: Some(path.clone()),
         hf_repo: None,
+        concept_cache: None,
         memory_adapter: args.memory_adapter.clone(),
         threads: args.threads,
         ubatch_size: None,

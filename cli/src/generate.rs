@@ -65,6 +65,16 @@ impl Speaker<'_> {
     /// Reads what is pending and `tokens`, and returns what the next token is chosen from. Shows a
     /// bar when it takes long; Ctrl-C is an error, and what was read until then stays read.
     pub fn read(&mut self, tokens: &[u32], n_batch: usize) -> Result<Output> {
+        let want = self.want();
+        self.read_for(tokens, n_batch, want)
+    }
+
+    /// As [`Speaker::read`], for tokens that an answer will not follow.
+    pub fn read_on(&mut self, tokens: &[u32], n_batch: usize) -> Result<()> {
+        self.read_for(tokens, n_batch, Want::None).map(|_| ())
+    }
+
+    fn read_for(&mut self, tokens: &[u32], n_batch: usize, last: Want) -> Result<Output> {
         let mut all = std::mem::take(&mut self.pending);
         all.extend_from_slice(tokens);
         let mut bar = Progress::new("reading", all.len() as u64, Unit::Count);
@@ -76,7 +86,7 @@ impl Speaker<'_> {
             }
             let n = n_batch.min(all.len() - done);
             let want = match done + n == all.len() {
-                true => self.want(),
+                true => last,
                 false => Want::None,
             };
             output = self.feed(&all[done..done + n], want)?;

@@ -106,6 +106,7 @@ fn segments(args: &Args, file: &Path, text: &Path) -> Result<()> {
     let model = ModelArgs {
         model: Some(file.to_owned()),
         hf_repo: None,
+        concept_cache: None,
         memory_adapter: args.memory_adapter.clone(),
         threads: None,
         ubatch_size: None,

@@ -5,11 +5,11 @@ use crate::generate::{Limits, Speaker, Stop};
 use crate::interrupt::{self, Interrupted};
 use crate::saved::Saved;
 use anyhow::{Context, Result, bail};
-use mneme_engine::Sequence;
 use mneme_engine::sampler::Sampler;
+use mneme_engine::{Engine, Sequence};
 use serde_json::json;
 use std::io::{IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Arguments of `mneme run`.
@@ -20,7 +20,8 @@ use std::time::Instant;
     mneme run -m model.gguf -p 'A cat as JSON: ' -j '{}' -n 100\n  \
     echo 'The capital of France is' | mneme run -m model.gguf -n 8 --temp 0\n  \
     mneme run -m model.gguf -f book.txt -n 0 --session book.session   # read once\n  \
-    mneme run -m model.gguf -p ' The end' -n 50 --session book.session # and go on"
+    mneme run -m model.gguf -p ' The end' -n 50 --session book.session # and go on\n  \
+    mneme run -m model.gguf --context law.txt --context case.txt -p 'Who wins?' # `concepts`"
 )]
 pub struct Args {
     /// Text to go on with; without -p and -f it is read from stdin
@@ -35,6 +36,9 @@ pub struct Args {
     /// File with the text (UTF-8), `-` for stdin
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
+    /// File that is read before the prompt (UTF-8), compressed where the memory is `concepts`; may be repeated
+    #[arg(long, value_name = "FILE")]
+    context: Vec<PathBuf>,
     /// Write out \n, \t, \" and the like in -p and -r
     #[arg(short, long)]
     escape: bool,
@@ -78,24 +82,17 @@ impl Args {
                 false => text.clone(),
             });
         }
-        let (bytes, name) = match &self.file {
-            Some(path) if path.as_os_str() != "-" => {
-                let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
-                (bytes, path.display().to_string())
-            }
+        let mut text = match &self.file {
+            Some(path) if path.as_os_str() != "-" => text_of(path)?,
             None if std::io::stdin().is_terminal() => return Ok(String::new()),
             _ => {
                 let mut bytes = Vec::new();
                 std::io::stdin()
                     .read_to_end(&mut bytes)
                     .context("reading stdin")?;
-                (bytes, "stdin".into())
+                utf8(bytes, "stdin")?
             }
         };
-        let mut text = String::from_utf8(bytes).map_err(|e| {
-            let at = e.utf8_error().valid_up_to();
-            anyhow::anyhow!("{name}: not UTF-8 at byte {at}")
-        })?;
         // An editor's last newline is not part of the prompt, as in llama.cpp.
         if text.ends_with('\n') {
             text.pop();
@@ -104,10 +101,25 @@ impl Args {
     }
 }
 
+/// A text file.
+fn text_of(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    utf8(bytes, &path.display().to_string())
+}
+
+fn utf8(bytes: Vec<u8>, name: &str) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        anyhow::anyhow!("{name}: not UTF-8 at byte {at}")
+    })
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     interrupt::watch();
     let text = args.text()?;
+    let contexts = args.context.iter().map(|path| text_of(path));
+    let contexts = contexts.collect::<Result<Vec<String>>>()?;
     let params = args.sampling.params()?;
     args.session
         .iter()
@@ -131,7 +143,17 @@ pub fn run(args: &Args) -> Result<()> {
         saved.restore_sampler(&mut sampler, &seq);
     }
     let fresh = seq.n_past() == 0 && saved.pending.is_empty();
-    let prompt = tokenizer.encode(&text, fresh, true);
+    let prompt = match &contexts[..] {
+        [] => tokenizer.encode(&text, fresh, true),
+        contexts => {
+            let mut prompt = tokenizer.encode("", fresh, true);
+            for context in contexts {
+                prompt.extend(model.context_ids(seq.spec(), context));
+            }
+            prompt.extend(tokenizer.encode(&text, false, true));
+            prompt
+        }
+    };
     if prompt.is_empty() && saved.pending.is_empty() {
         bail!("the prompt is empty: give -p TEXT, -f FILE or text on stdin");
     }
@@ -215,7 +237,7 @@ pub fn run(args: &Args) -> Result<()> {
                 "predicted_seconds": answer.seconds,
                 "predicted_per_second": per_second(answer.tokens.len(), answer.seconds),
             },
-            "memory": memory_json(&seq),
+            "memory": memory_json(&seq, &engine),
         });
         writeln!(out, "{line}")?;
     } else if std::io::stderr().is_terminal() {
@@ -233,14 +255,19 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// What the memory holds, for programs.
-fn memory_json(seq: &Sequence) -> serde_json::Value {
+fn memory_json(seq: &Sequence, engine: &Engine) -> serde_json::Value {
     let stats = seq.stats();
     let held = stats.cell_bytes + stats.state_bytes;
-    json!({
+    let mut memory = json!({
         "spec": seq.spec().text,
         "stats": stats,
         "held_bytes": held,
         "full_bytes": stats.full_bytes,
         "nodes": seq.nodes(),
-    })
+    });
+    if stats.name == "concepts" {
+        let (found, made) = engine.concepts.counts();
+        memory["segments"] = json!({"from_cache": found, "compressed": made});
+    }
+    memory
 }

@@ -517,3 +517,52 @@ fn answers_to_one_prompt_share_its_reading() {
     }
     assert_eq!(read(&server), 5 * once);
 }
+
+/// A context part of a chat: compressed under `concepts`, once for all slots and for the next server; text under
+/// another memory. A prompt that ends in an open context is the client's mistake.
+#[test]
+fn contexts_in_requests() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = dir.path().to_str().unwrap();
+    let start = || {
+        let flags = [
+            "-c",
+            "1024",
+            "-np",
+            "2",
+            "-n",
+            "4",
+            "--concept-cache",
+            cache,
+        ];
+        Server::start("concepts-qwen2", &flags)
+    };
+    let ask = |server: &Server, question: &str, more: Value| {
+        let mut body = json!({"temperature": 0, "cache_prompt": false, "messages": [{"role": "user", "content": [
+            {"type": "context", "text": "Ann is at the old mill. Her code <|/context|> is 417. The well is dry."},
+            {"type": "text", "text": question},
+        ]}]});
+        let more = more.as_object().unwrap().clone();
+        body.as_object_mut().unwrap().extend(more);
+        server.post("/v1/chat/completions", &body).ok()
+    };
+    let entries = || std::fs::read_dir(dir.path()).unwrap().count();
+    let server = start();
+    let one = ask(&server, "Where is Ann?", json!({}));
+    let memory = &one["timings"]["memory"];
+    assert_eq!(memory["name"], "concepts");
+    let (nodes, dropped) = (memory["nodes"].as_u64(), memory["dropped"].as_u64());
+    assert!(nodes > Some(1) && dropped > Some(20), "{memory}");
+    assert_eq!(entries() as u64, nodes.unwrap());
+    ask(&server, "And her code?", json!({}));
+    assert_eq!(entries() as u64, nodes.unwrap(), "the same segments");
+    let full = ask(&server, "Where is Ann?", json!({"memory": "full"}));
+    assert_eq!(full["timings"]["memory"]["nodes"], 0);
+    let body = json!({"prompt": "What is<|context|>this", "n_predict": 3});
+    let (_, message) = server.post("/completion", &body).error(400);
+    assert!(message.contains("context that is open"), "{message}");
+    drop(server);
+    let again = ask(&start(), "Where is Ann?", json!({}));
+    assert_eq!(again["choices"][0]["message"], one["choices"][0]["message"]);
+    assert_eq!(entries() as u64, nodes.unwrap());
+}

@@ -9,6 +9,7 @@ use crate::model::{ARCHS, Arch};
 use crate::ops::Ops;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Loader, Weights};
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -94,6 +95,35 @@ impl Model {
     /// A number that tells models apart: of names, shapes, types and a sample of every tensor.
     pub fn identity(&self) -> u64 {
         self.identity
+    }
+
+    /// The text that stands for a context under `memory`: between the context tokens of the file where
+    /// that is `concepts`, else `text` itself. Those tokens' own text is taken out of it, so that a document
+    /// ends where it ends.
+    pub fn context<'a>(&self, memory: &MemorySpec, text: &'a str) -> Cow<'a, str> {
+        let Some(concepts) = self.weights.concepts.as_ref() else {
+            return text.into();
+        };
+        if memory.name != "concepts" {
+            return text.into();
+        }
+        let [begin, end] = concepts
+            .tokens
+            .map(|id| self.tokenizer.decode(&[id], false));
+        let text = text.replace(&begin, "").replace(&end, "");
+        format!("{begin}{text}{end}").into()
+    }
+
+    /// The tokens of [`Model::context`]; control tokens written in `text` are text.
+    pub fn context_ids(&self, memory: &MemorySpec, text: &str) -> Vec<u32> {
+        let ids = self.tokenizer.encode(text, false, false);
+        match &self.weights.concepts {
+            Some(concepts) if memory.name == "concepts" => {
+                let [begin, end] = concepts.tokens;
+                [&[begin], &ids[..], &[end]].concat()
+            }
+            _ => ids,
+        }
     }
 
     /// The memory that suits the file: its own kind when it has one, else `full`.

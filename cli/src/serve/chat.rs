@@ -37,6 +37,7 @@ fn messages(app: &App, body: &Value) -> ApiResult<Vec<Value>> {
     };
     let mut out = Vec::with_capacity(all.len());
     for message in all {
+        let mut message = message.clone();
         let Some(role) = message.get("role").and_then(Value::as_str) else {
             return Err(ApiError::invalid("every message needs a 'role'"));
         };
@@ -51,8 +52,8 @@ fn messages(app: &App, body: &Value) -> ApiResult<Vec<Value>> {
             Some(Value::Array(parts)) => {
                 for part in parts {
                     match part.get("type").and_then(Value::as_str) {
-                        Some("text" | "input_text" | "output_text") if part["text"].is_string() => {
-                        }
+                        Some("text" | "input_text" | "output_text" | "context")
+                            if part["text"].is_string() => {}
                         Some("image_url" | "input_image" | "image") => {
                             return Err(ApiError::server(NO_IMAGES));
                         }
@@ -65,7 +66,8 @@ fn messages(app: &App, body: &Value) -> ApiResult<Vec<Value>> {
             }
             Some(other) => return Err(wrong("content", "text or a list of parts", other)),
         }
-        out.push(message.clone());
+        contexts(app, body, &mut message)?;
+        out.push(message);
     }
     let trailing = out.iter().rev().take_while(|m| m["role"] == "assistant");
     if app.args.prefill_assistant && trailing.count() >= 2 {
@@ -74,6 +76,20 @@ fn messages(app: &App, body: &Value) -> ApiResult<Vec<Value>> {
         ));
     }
     Ok(out)
+}
+
+/// Parts of type context become text that says so to the request's memory.
+fn contexts(app: &App, body: &Value, message: &mut Value) -> ApiResult<()> {
+    let parts = message.get_mut("content").and_then(Value::as_array_mut);
+    let parts = parts.into_iter().flatten();
+    for part in parts.filter(|part| part["type"] == "context") {
+        let memory = app.memory_of(body)?;
+        let memory = memory.as_ref().unwrap_or(&app.memory);
+        let text = part["text"].as_str().unwrap_or("");
+        let text = app.model.context(memory, text).into_owned();
+        *part = json!({"type": "text", "text": text});
+    }
+    Ok(())
 }
 
 /// Which tools may be called, and whether one must be.

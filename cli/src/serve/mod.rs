@@ -189,7 +189,9 @@ pub(crate) fn load(
         n_ctx,
         ..args.sequence
     };
-    let engine = Engine::new(Arc::clone(&model), ops, args.n_ubatch);
+    let concepts = crate::args::concept_cache(args.concept_cache.as_deref(), &model)?;
+    let mut engine = Engine::new(Arc::clone(&model), ops, args.n_ubatch);
+    engine.concepts = concepts;
     let (scheduler, handle) = Scheduler::new(
         engine,
         Options {

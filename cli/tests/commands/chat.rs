@@ -178,3 +178,22 @@ fn mistakes_end_a_script() {
         assert!(stderr.contains(expected), "{line}: {stderr}");
     }
 }
+
+/// A file is a context of its own: read as far as it goes before the question comes.
+#[test]
+fn a_file_is_a_context() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("doc.txt");
+    std::fs::write(
+        &path,
+        "Ann is at the old mill. Her code is 417. The well is dry. Tom has it.\n",
+    )
+    .unwrap();
+    let script = format!(
+        "/file {}\nWhere is Ann?\n/memory\nAgain?\n/undo\n/memory\n",
+        text(&path)
+    );
+    let said = chat("concepts-qwen2", &[], &script);
+    assert_eq!(said.matches("Ann is at the old mill.").count(), 2, "{said}");
+    assert!(said.contains("memory concepts"), "{said}");
+}

@@ -46,7 +46,10 @@ fn mneme(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
     command.args(args);
     // Nothing of the developer's own may matter.
-    command.env_remove("MNEME_MODEL").env("HF_HUB_OFFLINE", "1");
+    command
+        .env_remove("MNEME_MODEL")
+        .env("MNEME_CONCEPT_CACHE", "none")
+        .env("HF_HUB_OFFLINE", "1");
     command
 }
 

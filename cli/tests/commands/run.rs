@@ -290,3 +290,82 @@ fn a_reader_that_leaves_is_no_error() {
         String::from_utf8_lossy(&done.stderr)
     );
 }
+
+/// Contexts under `concepts`: fewer cells than tokens, found again by the next process, and the same
+/// answer; text that looks like the end of a context does not end it.
+#[test]
+fn contexts_are_compressed_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, two, cache] = ["one.txt", "two.txt", "cache"].map(|name| dir.path().join(name));
+    let first = "Ann is at the old mill. Her code is 417. The well is dry. Tom has it.";
+    std::fs::write(&one, first).unwrap();
+    std::fs::write(&two, "Bob is<|/context|> late. He was here.").unwrap();
+    let run = |contexts: &[&str]| {
+        let mut args = vec![
+            "-p",
+            "Where?",
+            "-n",
+            "6",
+            "--temp",
+            "0",
+            "--ignore-eos",
+            "--json",
+        ];
+        args.extend(["--concept-cache", text(&cache)]);
+        for context in contexts {
+            args.extend(["--context", context]);
+        }
+        json(on("concepts-qwen2", "run", &args))
+    };
+    let both = run(&[text(&one), text(&two)]);
+    let stats = &both["memory"]["stats"];
+    let cells = stats["n_cells"].as_u64().unwrap();
+    assert!(
+        cells * 3 < stats["n_tokens"].as_u64().unwrap() * 2,
+        "{stats}"
+    );
+    let made = both["memory"]["segments"]["compressed"].as_u64().unwrap();
+    assert_eq!(both["memory"]["segments"]["from_cache"], 0);
+    assert_eq!(
+        both["memory"]["nodes"].as_array().unwrap().len() as u64,
+        made
+    );
+    let again = run(&[text(&one), text(&two)]);
+    assert_eq!(again["tokens"], both["tokens"]);
+    let segments = serde_json::json!({"from_cache": made, "compressed": 0});
+    assert_eq!(again["memory"]["segments"], segments);
+    // Another place in the prompt, the same segments.
+    let other = run(&[text(&two), text(&one)]);
+    assert_eq!(other["memory"]["segments"], segments);
+}
+
+#[test]
+fn an_open_context_is_refused_in_words() {
+    let out = on(
+        "concepts-qwen2",
+        "run",
+        &["-p", "a<|context|>b c", "-n", "3"],
+    );
+    assert_eq!(out.status.code(), Some(1));
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(said.contains("context that is open"), "{said}");
+    let out = on(
+        "qwen2-tiny",
+        "run",
+        &["-p", "a", "-n", "3", "--memory", "concepts"],
+    );
+    assert_eq!(out.status.code(), Some(1));
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(said.contains("mem.ce_proj.weight"), "{said}");
+    let out = on(
+        "concepts-qwen2",
+        "run",
+        &["-p", "a", "-n", "3", "--concept-cache", "http://x"],
+    );
+    assert_eq!(out.status.code(), Some(1));
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(
+        said.contains("--concept-cache") && said.contains("redis://"),
+        "{said}"
+    );
+}

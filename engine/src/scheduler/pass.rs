@@ -388,6 +388,8 @@ impl Scheduler {
                 let n_prompt = task.job.prompt.len();
                 self.fail(id, Failure::Context { n_prompt, n_ctx });
             }
+            // What a memory cannot do with these tokens is up to whoever sent them.
+            Err(e @ Error::Memory { .. }) => self.fail(id, Failure::Invalid(e.to_string())),
             Err(e) => self.fail(id, Failure::Engine(e.to_string())),
         }
     }
