@@ -8,7 +8,7 @@ use crate::memory::spec::MemorySpec;
 use crate::model::{ARCHS, Arch};
 use crate::ops::Ops;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Loader, Weights};
+use crate::weights::{Loader, Weights, layer_of};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -150,12 +150,11 @@ impl Model {
 /// compressor, nor embeddings that are not the head as well.
 fn bytes_on_device(gguf: &Gguf, first: usize) -> u64 {
     let untied = gguf.tensor("output.weight").is_some();
-    let layer = |name: &str| {
-        let number = name.strip_prefix("blk.")?.split('.').next()?;
-        number.parse::<usize>().ok()
-    };
-    let there = |name: &str| match layer(name) {
+    let there = |name: &str| match layer_of(name) {
         Some(il) => il >= first,
+        // Learned queries are read on the host; the map of `concepts` is where the head is.
+        None if name == "mem.query.weight" => false,
+        None if name.starts_with("mem.ce_proj.") => true,
         None if name.starts_with("mem.") => first == 0 && !name.starts_with("mem.decider."),
         None => !(untied && name == "token_embd.weight"),
     };

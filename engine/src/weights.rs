@@ -113,6 +113,13 @@ impl Weights {
     }
 }
 
+/// The layer that a tensor belongs to, by its name.
+pub(crate) fn layer_of(name: &str) -> Option<usize> {
+    let own = name.strip_prefix("blk.");
+    let rest = own.or_else(|| name.strip_prefix("mem.lora."))?;
+    rest.split('.').next()?.parse().ok()
+}
+
 /// Reads tensors by name from a model file and, for memory tensors, its adapter.
 pub struct Loader<'a> {
     /// The verbs that will use the tensors: of the layer they belong to.

@@ -219,6 +219,41 @@ fn a_split_model_has_the_logits_of_the_host() {
     }
 }
 
+/// Contexts compressed on the card, wherever the model is cut in two.
+#[test]
+fn contexts_are_those_of_the_host() {
+    for name in ["concepts-qwen2", "concepts-llama", "concepts-qwen3"] {
+        for n_card in [ALL, 1] {
+            let Some(mut p) = Pair::new(name, "concepts", KvType::F32, n_card) else {
+                return;
+            };
+            let ids = p.fixture.ids("input_ids");
+            let spec = p.memory.parse().expect("concepts");
+            let mut theirs = p.host.sequence(&spec, p.options).expect("concepts");
+            let mut mine = p.sequence();
+            for tokens in [&ids[..60], &ids[60..]] {
+                let want = match tokens.len() {
+                    60 => Want::None,
+                    _ => Want::Last,
+                };
+                let step = |engine: &mut Engine, seq: &mut Sequence| {
+                    let logits = engine.step(&mut [Feed { seq, tokens, want }]);
+                    logits.expect("the tokens fit").remove(0)
+                };
+                let expected = step(&mut p.host, &mut theirs);
+                let got = step(&mut p.card, &mut mine);
+                if want == Want::Last {
+                    p.close(&got, &expected, "logits");
+                }
+            }
+            let (mut mine, theirs) = (mine.stats(), theirs.stats());
+            assert!(mine.card_bytes > 0, "{name}");
+            mine.card_bytes = 0;
+            assert_eq!(mine, theirs, "{name}");
+        }
+    }
+}
+
 #[test]
 fn every_type_of_cells_works() {
     for ty in [KvType::F16, KvType::BF16, KvType::Q8_0] {

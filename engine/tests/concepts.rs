@@ -4,10 +4,13 @@
 mod checkpoint;
 
 use checkpoint::{Fixture, names, worst};
+use mneme_convert::ConvertOptions;
+use mneme_engine::gguf::{Gguf, GgufWriter, Value};
 use mneme_engine::memory::concepts::cache::ConceptCache;
 use mneme_engine::ops::Cpu;
-use mneme_engine::{Engine, Feed, Sequence, SequenceOptions, Want};
+use mneme_engine::{Engine, Feed, LoadOptions, Model, Sequence, SequenceOptions, Want};
 use mneme_kernels::attend::KvType;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 struct Bench {
@@ -292,4 +295,87 @@ fn segments_outlive_the_process() {
     assert_ne!(other.run(&mut seq, 0, n, 16), expected);
     let (found, made) = other.engine.concepts.counts();
     assert!(made > 0 && found + made > 14, "{found} found, {made} made");
+}
+
+/// An edit costs the segments it touches: behind the next end of a sentence all are known.
+#[test]
+fn an_edit_compresses_only_what_it_touches() {
+    let mut b = open("concepts-llama", 512);
+    let mut seq = b.sequence("concepts");
+    let ids = b.ids[..129].to_vec();
+    b.feed(&mut seq, &ids, Want::Last);
+    let (_, before) = b.engine.concepts.counts();
+    for (at, most) in [(6, 2), (70, 2), (125, 2)] {
+        // Another letter in a word, and a word more.
+        for edited in [
+            [&ids[..at], &[50], &ids[at + 1..]].concat(),
+            [&ids[..at], &[50], &ids[at..]].concat(),
+        ] {
+            let made = b.engine.concepts.counts().1;
+            let mut seq = b.sequence("concepts");
+            b.feed(&mut seq, &edited, Want::Last);
+            let made = b.engine.concepts.counts().1 - made;
+            assert!((1..=most).contains(&made), "at {at}: {made} of {before}");
+        }
+    }
+}
+
+/// Keys and tensors of a compressor that cannot be.
+#[test]
+fn broken_compressors_are_refused_in_words() {
+    let tmp = tempfile::tempdir().expect("a folder");
+    let whole = tmp.path().join("whole.gguf");
+    let options = ConvertOptions::new(checkpoint::dir().join("concepts-qwen2"), &whole);
+    mneme_convert::convert(&options, &mut |_| ControlFlow::Continue(())).expect("converted");
+    let whole = Gguf::open(&whole).expect("just written");
+    let n = |n: u32| Value::U32(n);
+    let list = |ids: &[i32]| Value::from(ids.to_vec());
+    let tokens = "tokenizer.ggml.context_token_ids";
+    let (segment, ratio) = (
+        "qwen2.memory.concepts.segment",
+        "qwen2.memory.concepts.ratio",
+    );
+    let a = "mem.lora.0.attn_q.a.weight";
+    for (key, value, left_out, words) in [
+        (segment, None, "", "not found"),
+        (segment, Some(n(0)), "", "outside"),
+        (segment, Some(n(100_000)), "", "outside"),
+        (segment, Some(n(60)), "", "takes 30 queries"),
+        (ratio, Some(n(21)), "", "1 to 20"),
+        (tokens, None, "", "two different tokens"),
+        (tokens, Some(list(&[5, 5])), "", "two different tokens"),
+        (tokens, Some(list(&[5, 514])), "", "below 514"),
+        (tokens, Some(list(&[5, 6, 7])), "", "two different tokens"),
+        (
+            tokens,
+            Some(list(&[512, 513])),
+            "mem.query.weight",
+            "mem.query.weight",
+        ),
+        (tokens, Some(list(&[512, 513])), a, a),
+    ] {
+        let path = tmp.path().join("broken.gguf");
+        let mut writer = GgufWriter::new();
+        for (k, v) in whole.keys().iter().filter(|(k, _)| k != key) {
+            writer.set(k, v.clone());
+        }
+        if let Some(value) = &value {
+            writer.set(key, value.clone());
+        }
+        let tensors: Vec<_> = (whole.tensors().iter())
+            .filter(|t| t.name != left_out)
+            .collect();
+        for t in &tensors {
+            writer.tensor(&t.name, &t.dims, t.ty).expect("a tensor");
+        }
+        let mut sink = writer.create(&path, true).expect("a file");
+        for t in &tensors {
+            sink.tensor(&t.name, whole.data(t)).expect("written");
+        }
+        sink.finish().expect("written");
+        let Err(e) = Model::load(&path, &LoadOptions::default(), &Cpu::new(1), |_, _| {}) else {
+            panic!("{key} = {value:?}, {left_out} left out: loaded")
+        };
+        assert!(e.to_string().contains(words), "{key} = {value:?}: {e}");
+    }
 }

@@ -150,13 +150,19 @@ impl Rig {
         Ok(self.engine.sequence(spec, options)?)
     }
 
-    /// The tokens of `sample` as the arm reads them: gist tokens after every sentence if that is
-    /// the memory.
+    /// The tokens of `sample` as the arm reads them: gist tokens after every sentence, or context tokens
+    /// around the text, if that is the memory.
     pub fn document(&self, spec: &MemorySpec, sample: &Sample) -> Result<Document> {
         let model = &self.engine.model;
         let doc = Document::new(&model.tokenizer, self.form, sample);
-        if spec.name != "gist" {
-            return Ok(doc);
+        match (spec.name.as_str(), &model.weights.concepts) {
+            ("gist", _) => {}
+            ("concepts", Some(concepts)) => {
+                let [begin, end] = concepts.tokens;
+                let n = doc.ids.len();
+                return Ok(doc.with(&[begin], &[0]).with(&[end], &[n + 1]));
+            }
+            _ => return Ok(doc),
         }
         let file = model.weights.memory_file();
         let ids = file.opt_arr_u32("tokenizer.ggml.gist_token_ids")?;
@@ -353,7 +359,7 @@ impl Rig {
             .opt_u32(&weights.memory_key("sinks"))?
             .map(|n| n as usize);
         let default = match spec.name.as_str() {
-            "full" | "gist" => 0,
+            "full" | "gist" | "concepts" => 0,
             "window" | "layered" => 4,
             "ahn" => in_file.unwrap_or(128),
             _ => in_file.unwrap_or(0),
@@ -376,7 +382,7 @@ fn place_of(
     // Tokens from here on are held as they are.
     let raw_from = match spec.name.as_str() {
         "full" => 0,
-        "gist" => nodes.last().map_or(0, |n| n.end),
+        "gist" | "concepts" => nodes.last().map_or(0, |n| n.end),
         _ if stats.n_dropped == 0 => 0,
         _ => n_sinks + stats.n_dropped,
     };

@@ -5,6 +5,7 @@ use super::copied_bytes;
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, TensorInfo};
 use crate::hparams::Hparams;
+use crate::weights::layer_of;
 use mneme_kernels::attend::{KvType, PAGE_CELLS, PageLayout};
 
 /// Cells of a context that nobody gave a length.
@@ -98,7 +99,7 @@ pub struct Room {
     pub on_card: Vec<u64>,
     /// The same on the host.
     pub on_host: Vec<u64>,
-    /// The last norm and the head, which are on the card when any layer is.
+    /// The last norm, the head and the map of `concepts`, which are on the card when any layer is.
     pub head: u64,
     /// The compressor of `nodes`, which is where the first layer is.
     pub compressor: u64,
@@ -125,7 +126,7 @@ impl Room {
             ..Room::default()
         };
         let tied = gguf.tensor("output.weight").is_none();
-        let mut recurs = false;
+        let (mut recurs, mut adapts) = (false, false);
         let files = std::iter::once(gguf).chain(adapter);
         for tensor in files.flat_map(|file| file.tensors()) {
             let name = tensor.name.as_str();
@@ -139,8 +140,7 @@ impl Room {
                     [card_bytes(tensor), host.unwrap_or(tensor.n_bytes)]
                 }
             };
-            let layer = name.strip_prefix("blk.").and_then(|n| n.split('.').next());
-            match layer.and_then(|n| n.parse::<usize>().ok()) {
+            match layer_of(name) {
                 Some(il) if il < hp.n_layer => {
                     room.on_card[il] += card;
                     room.on_host[il] += host;
@@ -148,6 +148,11 @@ impl Room {
                 }
                 _ if name == "output.weight" || name == "output_norm.weight" => room.head += card,
                 _ if tied && name == "token_embd.weight" => room.head += card,
+                _ if name == "mem.query.weight" => {}
+                _ if name.starts_with("mem.ce_proj.") => {
+                    adapts = true;
+                    room.head += card;
+                }
                 _ if name.starts_with("mem.") && !name.starts_with("mem.decider.") => {
                     room.compressor += card;
                 }
@@ -166,7 +171,11 @@ impl Room {
         }
         // Residual stream, block input, queries, attention output, keys, values, feed-forward, and
         // what products are computed from.
-        let row = 4 * hp.n_embd + 4 * hp.n_ff + 2 * (hp.n_head + hp.n_head_kv) * hp.head_dim;
+        let mut row = 4 * hp.n_embd + 4 * hp.n_ff + 2 * (hp.n_head + hp.n_head_kv) * hp.head_dim;
+        if adapts {
+            // What a compressor of contexts adds to products.
+            row += hp.n_ff.max(hp.n_embd).max(hp.n_head * hp.head_dim);
+        }
         room.work = n_ubatch.map(|n| {
             let n = match contexts.n_ubatch {
                 0 => n,
