@@ -456,6 +456,14 @@ impl Estimate {
                     ));
                 }
             }
+            Some("concepts") => {
+                // Where all of the text is context; a last embedding may stand for fewer tokens.
+                let ratio = number("concepts.ratio", 2)?.max(1);
+                let segment = number("concepts.segment", 1)?.max(1);
+                let n_cells = n_ctx.div_ceil(segment) * segment.div_ceil(ratio);
+                let name = format!("concepts, contexts {ratio} to 1");
+                memories.push(memory(name, n_cells.min(n_ctx), 1, 0));
+            }
             _ => {}
         }
         Ok(Estimate {

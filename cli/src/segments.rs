@@ -30,7 +30,10 @@ pub fn write_page(model: &ModelArgs, memory: &MemoryArgs, text: &Path, out: &Pat
         .with_context(|| format!("{}: not UTF-8", text.display()))?;
     let mut engine = model.load(memory.contexts())?;
     let spec = memory.spec(&engine.model)?;
-    let tokens = engine.model.tokenizer.encode(&source, true, false);
+    let tokens = match spec.name.as_str() {
+        "concepts" => engine.model.context_ids(&spec, &source),
+        _ => engine.model.tokenizer.encode(&source, true, false),
+    };
     if tokens.is_empty() {
         bail!("{}: no text", text.display());
     }
