@@ -9,7 +9,7 @@ Development only: needs numpy, gguf and llama-cpp-python (never needed to build 
 
     tools/make_gguf.py OUT_DIR                                   # qwen05 in all types
     tools/make_gguf.py OUT_DIR --shape qwen3b --types q4_k_m     # one type; the base is removed
-    tools/make_gguf.py OUT_DIR --memory ahn,nodes                # and memory adapters for the shape, random too
+    tools/make_gguf.py OUT_DIR --memory ahn,nodes,concepts       # and memory adapters for the shape, random too
 """
 
 import argparse
@@ -36,6 +36,8 @@ SHAPES = {
     "kv3b": ("qwen2", 64, 2, 16, 2, 128, 64, 1024, 1e6, 131072),
     "llama1b": ("llama", 2048, 16, 32, 8, 64, 8192, 128256, 5e5, 131072),
 }
+# Of `concepts`: most tokens of a segment, tokens an embedding stands for.
+SEGMENT, RATIO = 32, 4
 TYPES = ["f16", "q8_0", "q4_0", "q4_k_m", "q6_k", "iq4_xs"]
 PRE = {"qwen2": "qwen2", "qwen3": "qwen2", "llama": "llama-bpe"}
 FIXTURE = {"qwen2": "qwen2-tiny", "qwen3": "qwen2-tiny", "llama": "llama-tiny"}
@@ -189,6 +191,17 @@ def memory_tensors(kind, shape):
             yield blk + "norm.weight", (head_dim,), False
             yield blk + "out.weight", (n_head, head_dim, head_dim), True
         return
+    if kind == "concepts":
+        n_ff, n_kv, rank = shape[6], shape[4] * head_dim, 16
+        yield "mem.ce_proj.weight", (n_embd, n_embd), True
+        yield "mem.query.weight", (SEGMENT // RATIO, n_embd), False
+        for il in range(n_layer):
+            for name, n_out, n_in in (("attn_q", n_head * head_dim, n_embd), ("attn_k", n_kv, n_embd),
+                                      ("attn_v", n_kv, n_embd), ("attn_output", n_embd, n_head * head_dim),
+                                      ("ffn_gate", n_ff, n_embd), ("ffn_up", n_ff, n_embd), ("ffn_down", n_embd, n_ff)):
+                yield f"mem.lora.{il}.{name}.a.weight", (rank, n_in), True
+                yield f"mem.lora.{il}.{name}.b.weight", (n_out, rank), True
+        return
     c, heads = max(64, n_embd // 4), 4
     yield "mem.in_norm.weight", (n_embd,), False
     yield "mem.in.weight", (c, n_embd), True
@@ -214,7 +227,7 @@ def memory_tensors(kind, shape):
     yield "mem.node.slot.weight", (1, n_embd), True
 
 
-def write_adapter(path, kind, shape, seed):
+def write_adapter(path, kind, shape, n_vocab, seed):
     """A memory adapter of random weights over any file of `shape`."""
     arch, n_embd, n_layer, n_head, n_head_kv, *_ = shape
     writer = gguf.GGUFWriter(path, arch)
@@ -228,6 +241,11 @@ def write_adapter(path, kind, shape, seed):
     writer.add_string(key + "kind", kind)
     if kind == "ahn":
         writer.add_string(key + "ahn.kind", "gated_delta_net")
+    elif kind == "concepts":
+        writer.add_uint32(key + "concepts.segment", SEGMENT)
+        writer.add_uint32(key + "concepts.ratio", RATIO)
+        # The last two tokens, which no text has.
+        writer.add_array("tokenizer.ggml.context_token_ids", [n_vocab - 2, n_vocab - 1])
     else:
         c = max(64, n_embd // 4)
         writer.add_string(key + "position", "compact")
@@ -273,7 +291,7 @@ def main():
     parser.add_argument("--vocab", type=int, help="vocabulary size, instead of the real one")
     parser.add_argument("--layers", type=int, help="number of layers, instead of the real one")
     parser.add_argument("--untied", action="store_true", help="write output.weight")
-    parser.add_argument("--memory", default="", help="comma list of memory adapters to write: ahn, nodes")
+    parser.add_argument("--memory", default="", help="comma list of memory adapters to write: ahn, nodes, concepts")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
@@ -293,7 +311,7 @@ def main():
             print(path)
     for kind in filter(None, args.memory.split(",")):
         path = args.out / f"{args.shape}-{kind}.gguf"
-        write_adapter(path, kind, shape, args.seed)
+        write_adapter(path, kind, shape, n_vocab, args.seed)
         print(path)
     if "f16" not in types:
         base.unlink()
