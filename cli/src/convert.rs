@@ -128,12 +128,12 @@ fn default_outfile(args: &Args) -> Result<PathBuf> {
     Ok(Path::new(".").join(name))
 }
 
-/// Runs `work` under a progress bar; Ctrl-C stops it between slabs.
+/// Runs `work` under a progress bar; Ctrl-C and signals stop it between slabs.
 pub fn watched<T>(
     what: &'static str,
     work: impl FnOnce(&mut mneme_convert::OnProgress<'_>) -> Result<T, Error>,
 ) -> Result<T> {
-    interrupt::watch();
+    interrupt::watch_all();
     let mut bar = Progress::new(what, 0, Unit::Bytes);
     let done = work(&mut |step| {
         bar.set_len(step.bytes_total);

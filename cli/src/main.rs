@@ -147,7 +147,7 @@ fn main() -> ExitCode {
         .init();
     match cli.command.run() {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) if e.is::<interrupt::Interrupted>() => ExitCode::from(130),
+        Err(e) if e.is::<interrupt::Interrupted>() => ExitCode::from(interrupt::exit_code()),
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
             let _ = writeln!(io::stderr(), "error: {}", one_line(&e));

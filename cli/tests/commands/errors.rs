@@ -1,7 +1,7 @@
 //! Bad input: a clear line, the right exit code, nothing left behind.
 
 use crate::{mneme, model, piped, text};
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 #[track_caller]
 fn refused(output: &Output, code: i32, expected: &str) {
@@ -228,5 +228,50 @@ fn a_gpu_that_is_not_there() {
     ] {
         let output = run(flags);
         assert!(output.status.success(), "{flags:?}: {output:?}");
+    }
+}
+
+/// Half a file is no file, whoever ends the program.
+#[cfg(unix)]
+#[test]
+fn an_ended_conversion_leaves_nothing() {
+    use mneme_engine::gguf::{GgmlType, GgufWriter, Value};
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("large.gguf"), dir.path().join("small"));
+    std::fs::create_dir(&to).unwrap();
+    // Large enough that the signal finds it at work.
+    let (rows, cols) = (65_536u64, 512u64);
+    let mut writer = GgufWriter::new();
+    writer.set("general.architecture", Value::String("llama".into()));
+    for (key, n) in [("block_count", 1), ("attention.head_count", 8)] {
+        writer.set(&format!("llama.{key}"), Value::U32(n));
+    }
+    let name = "blk.0.ffn_down.weight";
+    writer.tensor(name, &[cols, rows], GgmlType::F32).unwrap();
+    let mut sink = writer.create(&from, false).unwrap();
+    sink.tensor(name, &vec![0x3c; (rows * cols * 4) as usize])
+        .unwrap();
+    sink.finish().unwrap();
+    let files = || std::fs::read_dir(&to).unwrap().count();
+    for (signal, code) in [("INT", 130), ("TERM", 143), ("HUP", 143)] {
+        let out = to.join("out.gguf");
+        let args = ["quantize", text(&from), text(&out), "q4_k_m", "--pure"];
+        let mut child = mneme(&args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        while files() == 0 {
+            assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        let kill = format!("kill -{signal} {}", child.id());
+        let kill = std::process::Command::new("sh")
+            .args(["-c", &kill])
+            .status();
+        assert!(kill.unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{signal}");
+        assert_eq!(files(), 0, "{signal}");
     }
 }
