@@ -58,6 +58,9 @@ impl Engine {
             }
             wanted.push(keys);
         }
+        if missing.is_empty() {
+            self.compressors.clear();
+        }
         let mut from = 0;
         while from < missing.len() {
             let mut rows = 0;
@@ -95,12 +98,14 @@ impl Engine {
             type_k: KvType::F32,
             type_v: KvType::F32,
         };
-        let mut sequences = Vec::with_capacity(segments.len());
+        while self.compressors.len() < segments.len() {
+            let sequence = Sequence::new(&model, &spec, options)?;
+            self.compressors.push(sequence);
+        }
         let mut plans = Vec::with_capacity(segments.len());
         let mut out_rows = Vec::new();
         let mut n_rows = 0;
         for segment in segments {
-            sequences.push(Sequence::new(&model, &spec, options)?);
             let tokens = segment.tokens.iter().map(|&id| Source::Token(id));
             let queries = (0..segment.n_slots).map(Source::Vector);
             let entries: Vec<Entry> = tokens
@@ -127,7 +132,8 @@ impl Engine {
             });
         }
         let n_out = out_rows.len();
-        let parts = sequences.iter_mut().zip(&plans);
+        // They are never committed: the next segments are written over these.
+        let parts = self.compressors.iter_mut().zip(&plans);
         let parts = parts.map(|(seq, plan)| (&mut *seq.memory, plan)).collect();
         let mut pass = Pass::new(
             &*self.ops,

@@ -84,6 +84,8 @@ pub struct Engine {
     pub(crate) scratch: Scratch,
     /// Of the layers before them, where the model is split.
     pub(crate) before: Scratch,
+    /// What segments are compressed in, as long as pass follows pass.
+    pub(crate) compressors: Vec<Sequence>,
     /// Embeddings of the segments compressed last.
     pub(crate) embeddings: Buffer,
     /// A pass's logits, where another device computed them.
@@ -113,6 +115,7 @@ impl Engine {
             scratch: Scratch::default(),
             before: Scratch::default(),
             concepts: ConceptCache::default(),
+            compressors: Vec::new(),
             embeddings: Buffer::default(),
             logits: Vec::new(),
             n_ubatch,
