@@ -268,9 +268,11 @@ async function* events(response) {
 async function send() {
   const text = $("input").value.trim();
   if (running || (!text && !files.length)) return;
-  const parts = files.map((file) => `File ${file.name}:\n\n${file.text}\n\n`);
-  const turn = { role: "user", content: parts.join("") + text };
+  const turn = { role: "user", content: text };
   if (files.length) {
+    // A file is a context: a memory that compresses contexts does so once, to every other one it is text.
+    const parts = files.flatMap((file) => [{ type: "text", text: `File ${file.name}:` }, { type: "context", text: file.text }]);
+    turn.content = [...parts, { type: "text", text }];
     turn.shown = text;
     turn.files = files.map(({ name, text: body }) => ({ name, size: body.length }));
   }
