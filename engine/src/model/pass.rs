@@ -300,11 +300,12 @@ impl<'a> Pass<'a> {
         );
         if let Some(lora) = lora {
             let room = (&mut s.low, &mut s.addition);
-            add_low_rank(ops, n, &s.h, &lora.attn_q, room, &mut s.q);
-            let room = (&mut s.low, &mut s.addition);
-            add_low_rank(ops, n, &s.h, &lora.attn_k, room, &mut s.k);
-            let room = (&mut s.low, &mut s.addition);
-            add_low_rank(ops, n, &s.h, &lora.attn_v, room, &mut s.v);
+            let mats = &mut [
+                (&lora.attn_q, &mut s.q),
+                (&lora.attn_k, &mut s.k),
+                (&lora.attn_v, &mut s.v),
+            ];
+            add_low_rank(ops, n, &s.h, mats, room);
         }
     }
 
@@ -316,7 +317,8 @@ impl<'a> Pass<'a> {
         ops.mul_mat(&s.att, 0..n, &mut [(&layer.attn_output, &mut s.h)]);
         if let Some(lora) = lora {
             let room = (&mut s.low, &mut s.addition);
-            add_low_rank(ops, n, &s.att, &lora.attn_output, room, &mut s.h);
+            let mats = &mut [(&lora.attn_output, &mut s.h)];
+            add_low_rank(ops, n, &s.att, mats, room);
         }
     }
 
@@ -388,15 +390,15 @@ impl<'a> Pass<'a> {
         );
         if let Some(lora) = lora {
             let room = (&mut s.low, &mut s.addition);
-            add_low_rank(ops, n, &s.h, &lora.ffn_gate, room, &mut s.gate);
-            let room = (&mut s.low, &mut s.addition);
-            add_low_rank(ops, n, &s.h, &lora.ffn_up, room, &mut s.up);
+            let mats = &mut [(&lora.ffn_gate, &mut s.gate), (&lora.ffn_up, &mut s.up)];
+            add_low_rank(ops, n, &s.h, mats, room);
         }
         ops.swiglu(&s.gate, &s.up, &mut s.act);
         ops.mul_mat(&s.act, 0..n, &mut [(&layer.ffn_down, &mut s.h)]);
         if let Some(lora) = lora {
             let room = (&mut s.low, &mut s.addition);
-            add_low_rank(ops, n, &s.act, &lora.ffn_down, room, &mut s.h);
+            let mats = &mut [(&lora.ffn_down, &mut s.h)];
+            add_low_rank(ops, n, &s.act, mats, room);
         }
         ops.add(&mut s.x, &s.h);
     }
@@ -420,19 +422,20 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// `out += B (A x)` over the first `n` rows of `x`, where there is such an addition.
+/// `out += B (A x)` over the first `n` rows of `x`, for each of several additions that is there.
 fn add_low_rank(
     ops: &dyn Ops,
     n: usize,
     x: &Buffer,
-    lora: &Option<LowRank>,
+    mats: &mut [(&Option<LowRank>, &mut Buffer)],
     (low, addition): (&mut Buffer, &mut Buffer),
-    out: &mut Buffer,
 ) {
-    let Some(lora) = lora else { return };
-    low.set_len(n * lora.rank);
-    addition.set_len(out.len());
-    ops.mul_mat(x, 0..n, &mut [(&lora.a, low)]);
-    ops.mul_mat(low, 0..n, &mut [(&lora.b, addition)]);
-    ops.add(out, addition);
+    for (lora, out) in mats {
+        let Some(lora) = lora else { continue };
+        low.set_len(n * lora.rank);
+        addition.set_len(out.len());
+        ops.mul_mat(x, 0..n, &mut [(&lora.a, low)]);
+        ops.mul_mat(low, 0..n, &mut [(&lora.b, addition)]);
+        ops.add(out, addition);
+    }
 }
