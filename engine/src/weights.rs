@@ -81,6 +81,17 @@ impl Weights {
         self.adapter.as_deref().unwrap_or(&self.gguf)
     }
 
+    /// The file that holds the keys of the memory `kind`: the adapter, unless that is for another memory
+    /// than the base, and `kind` is the base's.
+    pub fn memory_file_of(&self, kind: &str) -> &Gguf {
+        let key = self.memory_key("kind");
+        let is = |file: &Gguf| file.opt_str(&key).ok().flatten() == Some(kind);
+        match &self.adapter {
+            Some(adapter) if is(adapter) || !is(&self.gguf) => adapter,
+            _ => &self.gguf,
+        }
+    }
+
     /// The key `{arch}.memory.{suffix}` of [`Weights::memory_file`].
     pub fn memory_key(&self, suffix: &str) -> String {
         format!("{}.memory.{suffix}", self.hparams.arch)
@@ -143,6 +154,12 @@ impl Loader<'_> {
     /// Whether a tensor of this name exists.
     pub fn has(&self, name: &str) -> bool {
         self.find(name).is_some()
+    }
+
+    /// The file that has the tensor `name`, where one does, and with it the keys of its memory: an adapter may
+    /// lie over a base with another memory of its own.
+    pub fn file_of(&self, name: &str) -> Option<&Arc<Gguf>> {
+        self.find(name).map(|(file, _)| file)
     }
 
     /// Rows of the tensor `name`, where it exists: for shapes that the file decides.

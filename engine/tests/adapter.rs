@@ -4,7 +4,7 @@ mod checkpoint;
 
 use checkpoint::dir;
 use mneme_convert::ConvertOptions;
-use mneme_engine::gguf::{Gguf, GgufWriter};
+use mneme_engine::gguf::{Gguf, GgufWriter, Value};
 use mneme_engine::ops::Cpu;
 use mneme_engine::{Engine, Feed, LoadOptions, Model, SequenceOptions, Want};
 use std::ops::ControlFlow;
@@ -114,4 +114,61 @@ fn an_adapter_for_another_base_is_refused() {
     assert!(load(&other, &adapter).contains("embedding_length"));
     // A whole model is no adapter.
     assert!(load(&other, &other).contains("general.type"));
+}
+
+/// An adapter with another memory than the base has: both can be chosen, each with its own keys.
+#[test]
+fn an_adapter_over_a_base_with_a_memory_of_its_own() {
+    let tmp = tempfile::tempdir().expect("a folder");
+    let base = convert("nodes-compact", &tmp.path().join("base.gguf"), false);
+    let adapter = tmp.path().join("adapter.gguf");
+    let mut options = ConvertOptions::new(dir().join("concepts-qwen2"), &adapter);
+    options.adapter = true;
+    mneme_convert::convert(&options, &mut |_| ControlFlow::Continue(())).expect("converted");
+    // The fixture's context tokens are beyond this base's vocabulary: two that it has.
+    let whole = Gguf::open(&adapter).expect("just written");
+    let fitting = tmp.path().join("fitting.gguf");
+    let mut writer = GgufWriter::new();
+    for (key, value) in whole.keys() {
+        writer.set(key, value.clone());
+    }
+    writer.set(
+        "tokenizer.ggml.context_token_ids",
+        Value::from(vec![500i32, 501]),
+    );
+    for t in whole.tensors() {
+        writer.tensor(&t.name, &t.dims, t.ty).expect("a tensor");
+    }
+    let mut sink = writer.create(&fitting, false).expect("a new file");
+    for t in whole.tensors() {
+        sink.tensor(&t.name, whole.data(t)).expect("written");
+    }
+    sink.finish().expect("written");
+
+    let ids: Vec<u32> = (0..90).map(|i| (i * 37) % 500).collect();
+    let run = |adapter: Option<&Path>, memory: &str| {
+        let ops = Cpu::new(1);
+        let options = LoadOptions {
+            memory_adapter: adapter.map(Path::to_owned),
+        };
+        let model = Model::load(&base, &options, &ops, |_, _| {}).expect("loads");
+        let own = model.default_memory().name;
+        let mut engine = Engine::new(model, ops, 64);
+        let spec = memory.parse().expect(memory);
+        let mut seq = (engine.sequence(&spec, SequenceOptions::default())).expect(memory);
+        let feed = Feed {
+            seq: &mut seq,
+            tokens: &ids,
+            want: Want::All,
+        };
+        let logits = engine.step(&mut [feed]).expect("fits").remove(0);
+        (own, logits, seq.stats())
+    };
+    let (own, expected, stats) = run(None, "nodes");
+    let (other, got, beside) = run(Some(&fitting), "nodes");
+    assert_eq!((own.as_str(), other.as_str()), ("nodes", "concepts"));
+    assert_eq!(got, expected);
+    assert_eq!(beside, stats);
+    let (_, full, _) = run(None, "full");
+    assert_eq!(run(Some(&fitting), "concepts").1, full, "no contexts");
 }

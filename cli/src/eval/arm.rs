@@ -164,7 +164,7 @@ impl Rig {
             }
             _ => return Ok(doc),
         }
-        let file = model.weights.memory_file();
+        let file = model.weights.memory_file_of("gist");
         let ids = file.opt_arr_u32("tokenizer.ggml.gist_token_ids")?;
         let ends = match sample.segments.is_empty() {
             true => doc.sentence_ends(&model.tokenizer),
@@ -252,7 +252,7 @@ impl Rig {
         let read_seconds = start.elapsed().as_secs_f64();
         let weights = &self.engine.model.weights;
         let full_layers = weights
-            .memory_file()
+            .memory_file_of("ahn")
             .opt_arr_i64(&weights.memory_key("ahn.full_layers"))?;
         let uneven = spec.name == "ahn" && full_layers.is_some_and(|l| !l.is_empty());
         Ok(Opened {
@@ -321,7 +321,9 @@ impl Rig {
         let model = &self.engine.model;
         let (weights, hp) = (&model.weights, model.hparams());
         let number = |suffix: &str, default: usize| -> Result<usize> {
-            let in_file = weights.memory_file().opt_u32(&weights.memory_key(suffix))?;
+            let in_file = weights
+                .memory_file_of(&spec.name)
+                .opt_u32(&weights.memory_key(suffix))?;
             Ok(in_file.map_or(default, |n| n as usize))
         };
         let doc = self.document(spec, sample)?;
@@ -355,7 +357,7 @@ impl Rig {
     pub fn n_sinks(&self, spec: &MemorySpec) -> Result<usize> {
         let weights = &self.engine.model.weights;
         let in_file = weights
-            .memory_file()
+            .memory_file_of(&spec.name)
             .opt_u32(&weights.memory_key("sinks"))?
             .map(|n| n as usize);
         let default = match spec.name.as_str() {

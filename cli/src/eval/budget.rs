@@ -256,6 +256,7 @@ mod tests {
         for spec in [
             "full",
             "gist",
+            "concepts",
             "nodes",
             "nodes:tau=0.3",
             "nodes:decider=learned",

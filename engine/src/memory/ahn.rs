@@ -178,7 +178,7 @@ struct Ahn {
 pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>> {
     let w = &ctx.weights;
     let hp = &w.hparams;
-    let file = w.memory_file();
+    let file = w.memory_file_of("ahn");
     let key = |suffix, default| -> Result<usize> {
         let in_file = file.opt_u32(&w.memory_key(suffix))?;
         Ok(in_file.map_or(default, |n| n as usize))

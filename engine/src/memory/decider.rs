@@ -37,7 +37,7 @@ impl Decider {
     /// Reads the decider of a description, with the file's own as the default.
     pub fn parse(ctx: &Context, spec: &MemorySpec) -> Result<Decider> {
         let w = &ctx.weights;
-        let file = w.memory_file();
+        let file = w.memory_file_of("nodes");
         let in_file = file
             .opt_str(&w.memory_key("decider.type"))?
             .unwrap_or("linear");

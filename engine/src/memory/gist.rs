@@ -39,7 +39,7 @@ struct At {
 
 pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>> {
     let w = &ctx.weights;
-    let file = w.memory_file();
+    let file = w.memory_file_of("gist");
     let ids = file
         .opt_arr_u32("tokenizer.ggml.gist_token_ids")?
         .unwrap_or_default();

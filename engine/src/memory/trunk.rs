@@ -189,10 +189,9 @@ struct ReadScratch {
 impl NodeTensors {
     /// Reads the compressor if the file has one.
     pub fn load(from: &mut Loader<'_>, hp: &Hparams) -> Result<Option<NodeTensors>> {
-        if !from.has("mem.in.weight") {
+        let Some(file) = from.file_of("mem.in.weight").map(Arc::clone) else {
             return Ok(None);
-        }
-        let file = from.adapter.unwrap_or(from.gguf);
+        };
         let key = |suffix: &str| format!("{}.memory.{suffix}", hp.arch);
         let need = |suffix: &str| match file.opt_u32(&key(suffix))? {
             Some(n @ 1..=65_536) => Ok(n as usize),

@@ -7,6 +7,7 @@ use crate::gguf::Gguf;
 use crate::hparams::Hparams;
 use crate::ops::{Buffer, Matrix, Ops};
 use crate::weights::Loader;
+use std::sync::Arc;
 
 /// `B (A x)`, added to a matrix' product (LoRA, arXiv 2106.09685); its factor is part of B.
 pub struct LowRank {
@@ -95,10 +96,10 @@ impl ConceptTensors {
     /// The compressor of the file or its adapter, where there is one. `ops` are those of the whole
     /// model: every layer's additions lie with the layer, the map with the head.
     pub fn load(from: &mut Loader<'_>, hp: &Hparams) -> Result<Option<ConceptTensors>> {
-        if !from.has("mem.ce_proj.weight") {
+        let Some(file) = from.file_of("mem.ce_proj.weight").map(Arc::clone) else {
             return Ok(None);
-        }
-        let file = from.adapter.unwrap_or(from.gguf);
+        };
+        let file = &file;
         let key = |suffix: &str| format!("{}.memory.concepts.{suffix}", hp.arch);
         let segment = number(file, &key("segment"))?;
         let ratios = match file.opt_arr_u32(&key("ratios"))? {

@@ -141,7 +141,7 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
              checkpoint or add one with --memory-adapter",
         ));
     };
-    let file = w.memory_file();
+    let file = w.memory_file_of("nodes");
     let number = |suffix: &str, default: usize| -> Result<usize> {
         let in_file = file.opt_u32(&w.memory_key(suffix))?;
         Ok(in_file.map_or(default, |n| n as usize))
