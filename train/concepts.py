@@ -240,7 +240,7 @@ class Texts:
 
 
 def loss_of(net, texts, batch, run, rng):
-    """Loss and statistics of a batch under the weights `answers`, `logits`, `hidden`, `bag` of `run`."""
+    """Loss and statistics of a batch under the weights `answers`, `logits`, `hidden` of `run`."""
     low, high = run.get("segments", (net.segment, net.segment))
     plans = [texts.plan(document, tail, rng.randint(low, high)) for document, tail, *_ in batch]
     first = places([s for p in plans for s in p.segments], net.ratio)
@@ -269,10 +269,6 @@ def loss_of(net, texts, batch, run, rng):
             b, u, v = torch.tensor(where, device=device).unbind(1)
         far = [F.smooth_l1_loss(s[b, u].float(), t[b, v].float()) / t[b, v].float().std() for s, t in zip(mine, whole)]
         parts["hidden"] = torch.stack(far).mean()
-    if run.get("bag", 0.0):  # an embedding alone names the tokens whose place it has
-        pairs = [(first[s] + i // net.ratio, t) for s in first for i, t in enumerate(s)]
-        row, token = torch.tensor(pairs, device=device).unbind(1)
-        parts["bag"] = -F.log_softmax(net.logits(e), -1)[row, token].mean()
     loss = sum(run.get(name, 0.0) * part for name, part in parts.items())
     return loss, {"loss": loss.item(), **stats, **{f"loss_{name}": part.item() for name, part in parts.items()}}
 

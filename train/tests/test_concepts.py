@@ -92,7 +92,6 @@ answers = 1.0
 logits = 0.5
 hidden = 1.0
 hidden_rows = "all"
-bag = 0.1
 steps = 4
 warmup = 1
 [[levels]]
