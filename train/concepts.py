@@ -327,6 +327,7 @@ def train(toml, stop=None, overrides=()):
     if unknown or any(not name.startswith("mem.") for name in missing):
         raise ValueError(f"{base}: unknown tensors {unknown[:4]}, missing {[n for n in missing if not n.startswith('mem.')][:4]}")
     net.mem.begin(net)
+    net.to(device)
     learners = optimizers(net, {**run, "only": ["mem.*"]}, "concepts")
     encoder = Encoder(base / "tokenizer.json", run.get("special_tokens"))
     texts = Texts(run, encoder, token_texts(base), net)
@@ -341,7 +342,6 @@ def train(toml, stop=None, overrides=()):
     if curve.exists():
         rows = [r for r in map(json.loads, curve.read_text().splitlines()) if r["step"] <= done]
     curve.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    net.to(device)
     phases = curriculum(settings, run, Path(toml).resolve().parent)
     total, average, began = sum(phase["steps"] for phase in phases), {}, time.time()
     spent = rows[-1]["minutes"] if rows else 0.0
