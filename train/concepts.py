@@ -386,8 +386,8 @@ def train(toml, stop=None, overrides=()):
 def score(net, texts, records, arm, group=16):
     """Right answers, questions, and means of an arm: `compressed`, `whole` (the context as tokens), `blind` (no context).
 
-    Right is an answer whose every token is the first choice, its end included. `among` is the share of guessing among the
-    document's values of the answer's list, `list` that of guessing in the whole list: what chance would give."""
+    Right is an answer whose every token is the first choice, its end included. `among` is what guessing each
+    word among the document's values of its list would give, `list` what guessing in the whole list would."""
     right = asked = tokens = entries = 0
     among, of_list = [], []
     for at in range(0, len(records), group):
@@ -403,9 +403,10 @@ def score(net, texts, records, arm, group=16):
                 targets.append([(len(plan.entries) - len(tail) + i - 1, tail[i]) for i in range(len(tail)) if wanted[i]])
                 tokens += len(document)
                 entries += len(plan.entries) - len(tail)
-                kind = next((ws for name, ws in LISTS.items() if answer in ws and not name.startswith("f_")), [answer])
-                among.append(1 / len(values & set(kind)) if values & set(kind) else 0.0)
-                of_list.append(1 / len(kind))
+                words = answer.split(" and ")
+                kinds = [next((ws for name, ws in LISTS.items() if w in ws and not name.startswith("f_")), [w]) for w in words]
+                among.append(math.prod(1 / max(1, len(values & set(kind))) for kind in kinds))
+                of_list.append(math.prod(1 / len(kind) for kind in kinds))
         first = places([s for p in plans for s in p.segments], net.ratio)
         x = net.read(plans, net.compress(list(first)) if first else net.mem.query.weight, first)
         for b, want in enumerate(targets):
