@@ -433,6 +433,7 @@ def main():
     s.add_argument("--documents", type=int, default=64)
     s.add_argument("--questions", type=int, default=4)
     s.add_argument("--arms", default="whole,compressed,blind")
+    s.add_argument("--segment", type=int, help="most tokens of a segment, instead of the checkpoint's")
     s.add_argument("--seed", type=int, default=990001)
     a = parser.parse_args()
     if a.command == "train":
@@ -440,6 +441,7 @@ def main():
         return
     torch.set_num_threads(1)
     net, path = ConceptNet.load(a.checkpoint).eval(), Path(a.checkpoint)
+    net.segment = a.segment or net.segment
     texts = Texts({}, Encoder(path / "tokenizer.json"), token_texts(path), net)
     texts.context = tuple(net.m["context_token_ids"])
     for filler in map(int, a.filler.split(",")):
