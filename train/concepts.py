@@ -3,12 +3,12 @@
     python train/concepts.py train train/runs/concepts.toml
     python train/concepts.py score runs-out/concepts/export --facts 8 --filler 0,8,24
 
-A segment of at most S tokens and the first ceil(n / C) learned queries behind it run through the decoder with low-rank
-additions; `ce_proj` of the queries' last hidden states are input embeddings that the bare decoder reads in place of the
+A segment of n <= S tokens and the first ceil(n / C) learned queries behind it run through the decoder with
+low-rank additions; `ce_proj` of the queries' last hidden states are input embeddings that the bare decoder reads in place of the
 segment. Additions, queries and `ce_proj` learn, from the answers and from the same decoder reading the context itself.
 
-OUT/{last.pt,curve.jsonl,curve.svg,export/,adapter/}: `export` is a whole checkpoint, `adapter` holds the `mem.*` tensors
-alone. Every batch is a function of (seed, step), so a resumed run repeats the losses of an uninterrupted one.
+OUT/{last.pt,curve.jsonl,curve.svg,export/,adapter/}: `export` is a whole checkpoint, `adapter` holds the `mem.*`
+tensors alone. Every batch is a function of (seed, step), so a resumed run repeats the losses of an uninterrupted one.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from train import BUCKET, curriculum, draw_record, learning_rate, optimizers, pl
 
 # Matrices of a layer that may have a low-rank addition: the name in a file and where the decoder has them.
 TARGETS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-           "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+           "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+           "ffn_down": "mlp.down_proj"}
 CONTEXT = ("<|context|>", "<|/context|>")
 
 
@@ -63,7 +64,8 @@ class Compressor(nn.Module):
         self.lora = nn.ModuleList()
         for layer in net.model.layers:
             shapes = {name: layer.get_submodule(TARGETS[name]).weight.shape for name in targets}
-            self.lora.append(nn.ModuleDict({k: LowRank(n_in, n_out, rank, scale) for k, (n_out, n_in) in shapes.items()}))
+            lows = {name: LowRank(n_in, n_out, rank, scale) for name, (n_out, n_in) in shapes.items()}
+            self.lora.append(nn.ModuleDict(lows))
 
     @torch.no_grad()
     def begin(self, net):
@@ -114,8 +116,8 @@ class ConceptNet(Mneme):
         slots = [-(-len(s) // self.ratio) for s in segments]
         T = max(len(s) + k for s, k in zip(segments, slots))
         x = self.model.embed_tokens(torch.tensor([[*s, *[0] * (T - len(s))] for s in segments], device=device))
-        at = torch.tensor([(i, len(s) + j, j) for i, (s, k) in enumerate(zip(segments, slots)) for j in range(k)], device=device)
-        i, t, j = at.unbind(1)
+        at = [(i, len(s) + j, j) for i, (s, k) in enumerate(zip(segments, slots)) for j in range(k)]
+        i, t, j = torch.tensor(at, device=device).unbind(1)
         x = x.index_put((i, t), self.mem.query.weight[j].to(x.dtype))
         self.adapting = True
         try:
@@ -150,7 +152,8 @@ class ConceptNet(Mneme):
 
         path = Path(path)
         tensors = {k: v.float() for k, v in load_file(path / "model.safetensors").items()}
-        lows = {k.split(".")[3]: len(v) for k, v in tensors.items() if k.startswith("mem.lora.") and k.endswith(".a.weight")}
+        halves = {k: v for k, v in tensors.items() if k.startswith("mem.lora.") and k.endswith(".a.weight")}
+        lows = {k.split(".")[3]: len(v) for k, v in halves.items()}
         net = cls(json.loads((path / "config.json").read_text()), tuple(lows), max(lows.values(), default=0),
                   bias="mem.ce_proj.bias" in tensors, n_query=len(tensors["mem.query.weight"]))
         net.load_state_dict(tensors)
@@ -231,7 +234,8 @@ class Texts:
         key = (step // BUCKET, id(level), n)
         if self.pool is None or self.pool[0] != key:
             rng = random.Random(f"{self.run['seed']}:concepts:{step // BUCKET}")
-            found = sorted((self.text(draw_record(rng, level)) for _ in range(n * BUCKET)), key=lambda t: len(t[0]) + len(t[1]))
+            found = (self.text(draw_record(rng, level)) for _ in range(n * BUCKET))
+            found = sorted(found, key=lambda t: len(t[0]) + len(t[1]))
             order = list(range(BUCKET))
             rng.shuffle(order)
             self.pool = key, found, order
@@ -251,7 +255,8 @@ def loss_of(net, texts, batch, run, rng):
         x = net.read(plans, e, first, mine)
     # Rows whose scores predict an answer's tokens, in the compressed reading (u) and in the whole one (v).
     where = [(b, len(p.entries) - len(tail) + i - 1, len(document) + i - 1, tail[i], starts[i])
-             for b, (p, (document, tail, wanted, starts)) in enumerate(zip(plans, batch)) for i in range(1, len(tail)) if wanted[i]]
+             for b, (p, (document, tail, wanted, starts)) in enumerate(zip(plans, batch))
+             for i in range(1, len(tail)) if wanted[i]]
     b, u, v, target, starts = torch.tensor(where, device=device).unbind(1)
     logits = net.logits(x[b, u])
     parts = {"answers": F.cross_entropy(logits, target)}
@@ -262,10 +267,12 @@ def loss_of(net, texts, batch, run, rng):
             y = net.read(plain, e.detach(), {}, whole)
             teacher = net.logits(y[b, v])
         stats["teacher"] = (teacher.argmax(-1) == target)[starts > 0].float().mean().item()
-        parts["logits"] = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(teacher, -1), log_target=True, reduction="none").sum(-1).mean()
+        far = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(teacher, -1), log_target=True, reduction="none")
+        parts["logits"] = far.sum(-1).mean()
     if run.get("hidden", 0.0):
         if run.get("hidden_rows", "answers") == "all":  # questions too: what they gather is what answers are found by
-            where = [(k, len(p.entries) - len(t[1]) + i, len(t[0]) + i) for k, (p, t) in enumerate(zip(plans, batch)) for i in range(len(t[1]))]
+            where = [(k, len(p.entries) - len(tail) + i, len(document) + i)
+                     for k, (p, (document, tail, *_)) in enumerate(zip(plans, batch)) for i in range(len(tail))]
             b, u, v = torch.tensor(where, device=device).unbind(1)
         far = [F.smooth_l1_loss(s[b, u].float(), t[b, v].float()) / t[b, v].float().std() for s, t in zip(mine, whole)]
         parts["hidden"] = torch.stack(far).mean()
@@ -321,11 +328,13 @@ def train(toml, stop=None, overrides=()):
     config, tensors = base_of(base)
     torch.manual_seed(run["seed"])
     rank = run.get("rank", 16)
-    net = ConceptNet({**config, "memory": {"kind": "concepts", **settings["memory"]}}, run.get("targets", tuple(TARGETS)), rank,
-                     run.get("alpha", rank) / rank, run.get("bias", True))
+    config = {**config, "memory": {"kind": "concepts", **settings["memory"]}}
+    scale = run.get("alpha", rank) / rank
+    net = ConceptNet(config, run.get("targets", tuple(TARGETS)), rank, scale, run.get("bias", True))
     missing, unknown = net.load_state_dict(tensors, strict=False)
-    if unknown or any(not name.startswith("mem.") for name in missing):
-        raise ValueError(f"{base}: unknown tensors {unknown[:4]}, missing {[n for n in missing if not n.startswith('mem.')][:4]}")
+    missing = [name for name in missing if not name.startswith("mem.")]
+    if unknown or missing:
+        raise ValueError(f"{base}: unknown tensors {unknown[:4]}, missing {missing[:4]}")
     net.mem.begin(net)
     net.to(device)
     learners = optimizers(net, {**run, "only": ["mem.*"]}, "concepts")
@@ -356,7 +365,8 @@ def train(toml, stop=None, overrides=()):
             for g in learner.param_groups:
                 g["lr"] = rate * g["scale"]
         levels = phases[phase]["levels"]
-        level, = random.Random(f"{run['seed']}:level:{step // BUCKET}").choices(levels, [one.get("weight", 1.0) for one in levels])
+        pick = random.Random(f"{run['seed']}:level:{step // BUCKET}")
+        level, = pick.choices(levels, [one.get("weight", 1.0) for one in levels])
         batch = texts.draw(step, level, level.get("batch", now["batch"]))
         loss, stats = loss_of(net, texts, batch, now, random.Random(f"{run['seed']}:segments:{step}"))
         loss.backward()
@@ -367,13 +377,15 @@ def train(toml, stop=None, overrides=()):
         for k, v in stats.items():
             average[k] = average.get(k, v) * 0.9 + v * 0.1
         if (step + 1) % 20 == 0 or step + 1 in (total, stop):
-            rows.append({"step": step + 1, "phase": phase, "minutes": round(spent + (time.time() - began) / 60, 2), "lr": rate,
+            minutes = round(spent + (time.time() - began) / 60, 2)
+            rows.append({"step": step + 1, "phase": phase, "minutes": minutes, "lr": rate,
                          "norm": round(float(norm), 3), "last_loss": stats["loss"], **{k: round(v, 4) for k, v in average.items()}})
             with curve.open("a") as f:
                 f.write(json.dumps(rows[-1]) + "\n")
             print(" ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
         if (step + 1) % run.get("save_every", 100) == 0 or step + 1 in (total, stop):
-            torch.save({"mem": net.mem.state_dict(), "optimizers": [o.state_dict() for o in learners], "step": step + 1}, out / "part.pt")
+            state = {"mem": net.mem.state_dict(), "optimizers": [o.state_dict() for o in learners], "step": step + 1}
+            torch.save(state, out / "part.pt")
             os.replace(out / "part.pt", last)
             if len(rows) > 1:
                 plot(rows, out / "curve.svg")
@@ -384,7 +396,7 @@ def train(toml, stop=None, overrides=()):
 
 @torch.no_grad()
 def score(net, texts, records, arm, group=16):
-    """Right answers, questions, and means of an arm: `compressed`, `whole` (the context as tokens), `blind` (no context).
+    """Right answers, questions, means of an arm: `compressed`, `whole` (the context as tokens), `blind` (no context).
 
     Right is an answer whose every token is the first choice, its end included. `among` is what guessing each
     word among the document's values of its list would give, `list` what guessing in the whole list would."""
@@ -400,11 +412,13 @@ def score(net, texts, records, arm, group=16):
                 ids = [*document, *tail] if arm == "whole" else tail
                 plan = texts.plan(document, tail) if arm == "compressed" else Plan(ids, (-1, -1), 1, 1, None)
                 plans.append(plan)
-                targets.append([(len(plan.entries) - len(tail) + i - 1, tail[i]) for i in range(len(tail)) if wanted[i]])
+                behind = len(plan.entries) - len(tail)
+                targets.append([(behind + i - 1, tail[i]) for i in range(len(tail)) if wanted[i]])
                 tokens += len(document)
-                entries += len(plan.entries) - len(tail)
+                entries += behind
                 words = answer.split(" and ")
-                kinds = [next((ws for name, ws in LISTS.items() if w in ws and not name.startswith("f_")), [w]) for w in words]
+                lists = [ws for name, ws in LISTS.items() if not name.startswith("f_")]
+                kinds = [next((ws for ws in lists if w in ws), [w]) for w in words]
                 among.append(math.prod(1 / max(1, len(values & set(kind))) for kind in kinds))
                 of_list.append(math.prod(1 / len(kind) for kind in kinds))
         first = places([s for p in plans for s in p.segments], net.ratio)
@@ -414,8 +428,9 @@ def score(net, texts, records, arm, group=16):
             right += bool((net.logits(x[b, place]).argmax(-1) == token).all())
             asked += 1
     low, high = wilson(right, asked)
-    return {"arm": arm, "right": right, "n": asked, "accuracy": right / asked, "low": low, "high": high, "tokens": tokens / asked,
-            "entries": entries / asked, "among": sum(among) / asked, "list": sum(of_list) / asked}
+    return {"arm": arm, "right": right, "n": asked, "accuracy": right / asked, "low": low, "high": high,
+            "tokens": tokens / asked, "entries": entries / asked,
+            "among": sum(among) / asked, "list": sum(of_list) / asked}
 
 
 def main():
@@ -445,11 +460,13 @@ def main():
     texts = Texts({}, Encoder(path / "tokenizer.json"), token_texts(path), net)
     texts.context = tuple(net.m["context_token_ids"])
     for filler in map(int, a.filler.split(",")):
-        records = [record(random.Random(f"eval:{a.seed}:{i}"), a.task, a.facts, filler, a.questions, ENGLISH) for i in range(a.documents)]
+        records = [record(random.Random(f"eval:{a.seed}:{i}"), a.task, a.facts, filler, a.questions, ENGLISH)
+                   for i in range(a.documents)]
         for arm in a.arms.split(","):
             row = score(net, texts, records, arm, max(1, 8192 // (40 + 10 * (a.facts + filler)) // a.questions))
-            print(f"facts {a.facts} filler {filler} {arm:10} {row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n {row['n']}"
-                  f"  tokens {row['tokens']:.0f}  entries {row['entries']:.0f}  guess {row['among']:.3f} {row['list']:.3f}", flush=True)
+            print(f"facts {a.facts} filler {filler} {arm:10}"
+                  f" {row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n {row['n']}  tokens {row['tokens']:.0f}  entries {row['entries']:.0f}"
+                  f"  guess {row['among']:.3f} {row['list']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python train/from_gguf.py models/mneme-records.gguf runs-out/records --tokenizer train/tokenizer
 
-For qwen2 and qwen3, whose rows GGUF keeps in the order of the checkpoint (those of llama are reordered there). Memory tensors
-stay behind: the folder is a base that another memory is trained on. The tokenizer is copied from a folder that has it as
-a tokenizer.json, after its tokens have been compared with those of the file one by one.
+For qwen2 and qwen3, whose rows GGUF keeps in the order of the checkpoint (those of llama are reordered there). Memory
+tensors stay behind: the folder is a base that another memory is trained on. The tokenizer is copied from a folder that
+has it as a tokenizer.json, after its tokens have been compared with those of the file one by one.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -71,7 +72,8 @@ def write(path, out, tokenizer):
     """The folder `out` from the file `path`."""
     config, tensors, tokens = read(path)
     data = json.loads((Path(tokenizer) / "tokenizer.json").read_text())
-    known = {i: text for text, i in data["model"]["vocab"].items()} | {t["id"]: t["content"] for t in data["added_tokens"]}
+    known = {i: text for text, i in data["model"]["vocab"].items()}
+    known |= {t["id"]: t["content"] for t in data["added_tokens"]}
     wrong = [i for i, text in enumerate(tokens) if known.get(i, text) != text]
     if wrong or len(known) > len(tokens):
         raise ValueError(f"{tokenizer}: not the tokenizer of {path} (token {wrong[0] if wrong else len(tokens)})")
@@ -92,4 +94,5 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer", required=True, help="folder with the tokenizer.json")
     a = parser.parse_args()
     made, written = write(a.gguf, a.out, a.tokenizer)
-    print(f"{a.out}: {len(written)} tensors, {sum(t.size for t in written.values()):,} numbers, vocabulary {made['vocab_size']}")
+    n = sum(t.size for t in written.values())
+    print(f"{a.out}: {len(written)} tensors, {n:,} numbers, vocabulary {made['vocab_size']}")

@@ -22,7 +22,8 @@ NAMES = ("concepts-qwen2", "concepts-llama", "concepts-qwen3")
 def test_segments_embeddings_and_logits(name):
     net = ConceptNet.load(FIXTURES / name)
     e = load_file(FIXTURES / name / "expected.safetensors")
-    plan = Plan(e["input_ids"].tolist(), net.m["context_token_ids"], net.segment, net.ratio, token_texts(FIXTURES / name))
+    texts = token_texts(FIXTURES / name)
+    plan = Plan(e["input_ids"].tolist(), net.m["context_token_ids"], net.segment, net.ratio, texts)
     inside = [tuple(e["input_ids"][a:b].tolist()) for a, b in e["segments"]]
     assert plan.segments == inside
     assert [int(a >= 0) for a in plan.answer] == e["answers"].tolist()
@@ -47,7 +48,8 @@ def test_padding_changes_nothing(name):
     assert torch.allclose(together, alone, atol=1e-5)
     texts = token_texts(FIXTURES / name)
     begin, end = net.m["context_token_ids"]
-    plans = [Plan([begin, *segments[i], end, *range(n)], (begin, end), net.segment, net.ratio, texts) for i, n in ((1, 3), (0, 9), (3, 1))]
+    plans = [Plan([begin, *segments[i], end, *range(n)], (begin, end), net.segment, net.ratio, texts)
+             for i, n in ((1, 3), (0, 9), (3, 1))]
     first = places(segments, net.ratio)
     rows = net.read(plans, together, first)
     for b, plan in enumerate(plans):
@@ -105,8 +107,8 @@ questions = 2
 def settings(folder):
     special = base(folder / "base")
     path = folder / "run.toml"
-    text = TINY.replace("BASE", str(folder / "base")).replace("OUT", str(folder / "out")).replace("SPECIAL", json.dumps(special))
-    path.write_text(text)
+    text = TINY.replace("BASE", str(folder / "base")).replace("OUT", str(folder / "out"))
+    path.write_text(text.replace("SPECIAL", json.dumps(special)))
     return path
 
 
@@ -115,7 +117,8 @@ def test_export_gives_the_same_in_the_reference(tmp_path):
     out = tmp_path / "out"
     net = ConceptNet.load(out / "export")
     saved = torch.load(out / "last.pt", weights_only=False)["mem"]
-    assert torch.allclose(net.mem.lora[1]["ffn_up"].b.weight, saved["lora.1.ffn_up.b.weight"] * 3.0), "alpha / rank is part of b"
+    b, before = net.mem.lora[1]["ffn_up"].b.weight, saved["lora.1.ffn_up.b.weight"]
+    assert torch.allclose(b, before * 3.0), "alpha / rank is part of b"
     assert net.mem.lora[0]["attn_q"].b.weight.abs().max() > 0
     plain = Model.load(out / "export")
     begin, end = net.m["context_token_ids"]
