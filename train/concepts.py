@@ -4,8 +4,9 @@
     python train/concepts.py score runs-out/concepts/export --facts 8 --filler 0,8,24
 
 A segment of n <= S tokens and the first ceil(n / C) learned queries behind it run through the decoder with
-low-rank additions; `ce_proj` of the queries' last hidden states are input embeddings that the bare decoder reads in place of the
-segment. Additions, queries and `ce_proj` learn, from the answers and from the same decoder reading the context itself.
+low-rank additions; `ce_proj` of the queries' last hidden states are input embeddings that the bare decoder reads in
+place of the segment. Additions, queries and `ce_proj` learn, from the answers and from the same decoder reading the
+context itself.
 
 OUT/{last.pt,curve.jsonl,curve.svg,export/,adapter/}: `export` is a whole checkpoint, `adapter` holds the `mem.*`
 tensors alone. Every batch is a function of (seed, step), so a resumed run repeats the losses of an uninterrupted one.
@@ -379,7 +380,8 @@ def train(toml, stop=None, overrides=()):
         if (step + 1) % 20 == 0 or step + 1 in (total, stop):
             minutes = round(spent + (time.time() - began) / 60, 2)
             rows.append({"step": step + 1, "phase": phase, "minutes": minutes, "lr": rate,
-                         "norm": round(float(norm), 3), "last_loss": stats["loss"], **{k: round(v, 4) for k, v in average.items()}})
+                         "norm": round(float(norm), 3), "last_loss": stats["loss"],
+                         **{k: round(v, 4) for k, v in average.items()}})
             with curve.open("a") as f:
                 f.write(json.dumps(rows[-1]) + "\n")
             print(" ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
@@ -465,8 +467,8 @@ def main():
         for arm in a.arms.split(","):
             row = score(net, texts, records, arm, max(1, 8192 // (40 + 10 * (a.facts + filler)) // a.questions))
             print(f"facts {a.facts} filler {filler} {arm:10}"
-                  f" {row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n {row['n']}  tokens {row['tokens']:.0f}  entries {row['entries']:.0f}"
-                  f"  guess {row['among']:.3f} {row['list']:.3f}", flush=True)
+                  f" {row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n {row['n']}"
+                  f"  tokens {row['tokens']:.0f}  entries {row['entries']:.0f}  guess {row['among']:.3f} {row['list']:.3f}", flush=True)
 
 
 if __name__ == "__main__":
