@@ -468,7 +468,8 @@ def main():
             row = score(net, texts, records, arm, max(1, 8192 // (40 + 10 * (a.facts + filler)) // a.questions))
             print(f"facts {a.facts} filler {filler} {arm:10}"
                   f" {row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n {row['n']}"
-                  f"  tokens {row['tokens']:.0f}  entries {row['entries']:.0f}  guess {row['among']:.3f} {row['list']:.3f}", flush=True)
+                  f"  tokens {row['tokens']:.0f}  entries {row['entries']:.0f}"
+                  f"  guess {row['among']:.3f} {row['list']:.3f}", flush=True)
 
 
 if __name__ == "__main__":
