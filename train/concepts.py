@@ -215,8 +215,12 @@ class Texts:
 
     def __init__(self, run, encoder, texts, net):
         self.run, self.encoder, self.texts, self.net = run, encoder, texts, net
-        free = max(encoder.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.context = free, free + 1  # rows that pad the vocabulary of the base, or two new ones
+        vocab = encoder.tokenizer.get_vocab(with_added_tokens=True)
+        free = max(vocab.values()) + 1
+        # Tokens of the base that are named, rows that pad its vocabulary, or two new ones. They never enter the decoder: what
+        # opens a context must not occur elsewhere, what closes it not within one.
+        names = run.get("context_tokens")
+        self.context = tuple(vocab[name] for name in names) if names else (free, free + 1)
         self.pool = None
 
     def text(self, r):
@@ -301,7 +305,7 @@ def export(net, base, out, context, whole=True):
     out.mkdir(parents=True, exist_ok=True)
     tensors = net.tensors() if whole else {k: t for k, t in net.tensors().items() if k.startswith("mem.")}
     config = {**net.cfg, "memory": {**net.m, "context_token_ids": list(context)}}
-    config["vocab_size"] = max(net.cfg["vocab_size"], context[1] + 1)
+    config["vocab_size"] = max(net.cfg["vocab_size"], *(i + 1 for i in context))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:  # no room: two rows that nothing reads, of zeros, so that they score nothing either
             tensors[name] = F.pad(tensors[name], (0, 0, 0, config["vocab_size"] - len(tensors[name])))
@@ -312,7 +316,8 @@ def export(net, base, out, context, whole=True):
             shutil.copyfile(base / name, out / name)
     data = json.loads((base / "tokenizer.json").read_text())
     shape = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    data["added_tokens"] += [{"id": i, "content": text, **shape} for i, text in zip(context, CONTEXT)]
+    known = {t["id"] for t in data["added_tokens"]}
+    data["added_tokens"] += [{"id": i, "content": text, **shape} for i, text in zip(context, CONTEXT) if i not in known]
     (out / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False) + "\n")
 
 

@@ -369,3 +369,50 @@ fn an_open_context_is_refused_in_words() {
         "{said}"
     );
 }
+
+/// The compressor in models/ over the model beside it: answers from contexts, right for the right one.
+#[test]
+fn a_trained_compressor_answers() {
+    let models = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
+    let [model, adapter] =
+        ["mneme-records", "mneme-records-concepts"].map(|name| models.join(format!("{name}.gguf")));
+    let dir = tempfile::tempdir().unwrap();
+    let [people, pets] = ["people.txt", "pets.txt"].map(|name| dir.path().join(name));
+    std::fs::write(
+        &people,
+        "Anna lives in Oslo. Bert lives in Cairo. The hill shone over the deep field.",
+    )
+    .unwrap();
+    std::fs::write(&pets, "Judith keeps a goose. The pet of Ursula is a pony.").unwrap();
+    for (question, answer) in [
+        ("Where does Anna live?", "Oslo"),
+        ("Where does Bert live?", "Cairo"),
+        ("Which animal does Judith keep?", "goose"),
+        ("Which animal does Ursula keep?", "pony"),
+    ] {
+        let prompt = format!("<|user|>{question}<|assistant|>");
+        let args = [
+            "run",
+            "-m",
+            text(&model),
+            "--memory-adapter",
+            text(&adapter),
+            "-t",
+            "2",
+            "--json",
+            "--context",
+            text(&people),
+            "--context",
+            text(&pets),
+            "-p",
+            &prompt,
+            "-n",
+            "4",
+            "--temp",
+            "0",
+        ];
+        let said = json(mneme(&args).stdin(Stdio::null()).output().unwrap());
+        assert_eq!(said["text"].as_str().unwrap().trim(), answer, "{question}");
+        assert_eq!(said["memory"]["stats"]["name"], "concepts");
+    }
+}
