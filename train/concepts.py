@@ -217,8 +217,8 @@ class Texts:
         self.run, self.encoder, self.texts, self.net = run, encoder, texts, net
         vocab = encoder.tokenizer.get_vocab(with_added_tokens=True)
         free = max(vocab.values()) + 1
-        # Tokens of the base that are named, rows that pad its vocabulary, or two new ones. They never enter the decoder: what
-        # opens a context must not occur elsewhere, what closes it not within one.
+        # Tokens of the base that are named, rows that pad its vocabulary, or two new ones. They never enter the
+        # decoder: what opens a context must not occur elsewhere, what closes it not within one.
         names = run.get("context_tokens")
         self.context = tuple(vocab[name] for name in names) if names else (free, free + 1)
         self.pool = None

@@ -170,6 +170,26 @@ fn a_text_without_contexts_is_full() {
     }
 }
 
+/// Other words in a later context, or behind it, change no logits before.
+#[test]
+fn the_future_changes_nothing_before_it() {
+    for name in fixtures() {
+        let mut b = open(&name, 512);
+        let (expected, _) = b.all("concepts", usize::MAX);
+        let n_vocab = b.fixture.model.hparams().n_vocab;
+        let ids = b.ids.clone();
+        // In the long context, in the short one, in the last words.
+        for t in [60, 133, ids.len() - 2] {
+            b.ids = ids.clone();
+            b.ids[t] = (ids[t] + 1) % 500;
+            let before = b.answers[..t].iter().filter(|&&a| a).count() * n_vocab;
+            let (got, _) = b.all("concepts", usize::MAX);
+            assert_eq!(got[..before], expected[..before], "{name}, token {t}");
+            assert_ne!(got[before..], expected[before..], "{name}, token {t}");
+        }
+    }
+}
+
 /// From every place in the text, in a context too: saved and loaded, gone back to, forked.
 #[test]
 fn going_on_and_going_back_are_exact() {
