@@ -344,6 +344,8 @@ pub struct Row {
     pub about: &'static str,
     /// Options after the colon.
     pub options: &'static [&'static str],
+    /// Whether [`Memory::truncate`] reaches any token.
+    pub rewinds: bool,
     /// Constructor.
     pub build: Build,
 }
@@ -354,24 +356,28 @@ pub const MEMORIES: &[Row] = &[
         name: "full",
         about: "every key and value of every token",
         options: &[],
+        rewinds: true,
         build: full::build,
     },
     Row {
         name: "window",
         about: "the first tokens (sinks) and the last ones (StreamingLLM)",
         options: &["window", "sinks"],
+        rewinds: false,
         build: window::build,
     },
     Row {
         name: "layered",
         about: "some layers keep everything, the others sinks and a window",
         options: &["full", "window", "sinks"],
+        rewinds: false,
         build: layered::build,
     },
     Row {
         name: "ahn",
         about: "sinks, a window, and a recurrent state of all that left it",
         options: &["window", "sinks"],
+        rewinds: false,
         build: ahn::build,
     },
     Row {
@@ -396,21 +402,29 @@ pub const MEMORIES: &[Row] = &[
             "fanin",
             "reset",
         ],
+        rewinds: false,
         build: nodes::build,
     },
     Row {
         name: "gist",
         about: "learned gist tokens after each sentence stand for it",
         options: &["keep_bos"],
+        rewinds: false,
         build: gist::build,
     },
     Row {
         name: "concepts",
         about: "contexts compressed segment by segment into embeddings, cached and used again",
         options: &["ratio", "segment"],
+        rewinds: true,
         build: concepts::build,
     },
 ];
+
+/// Whether the memory called `name` goes back to any token.
+pub fn rewinds(name: &str) -> bool {
+    MEMORIES.iter().any(|row| row.name == name && row.rewinds)
+}
 
 /// Builds the memory `spec` describes.
 pub fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>> {

@@ -5,6 +5,7 @@
 //! session file, so that the card's memory is free for others.
 
 use crate::engine::Model;
+use crate::memory::rewinds;
 use crate::ops::Ops;
 use crate::sequence::Sequence;
 use std::sync::Arc;
@@ -97,8 +98,8 @@ impl PromptCache {
         }
     }
 
-    /// Whether `seq` is in the cache as it is. A `full` text is also in every longer one, as that
-    /// can go back to any of its tokens.
+    /// Whether `seq` is in the cache as it is. A text of a memory that can go back to any of its
+    /// tokens is also in every longer one.
     pub fn knows(&self, seq: &Sequence) -> bool {
         self.entries.iter().any(|e| Self::covers(e, seq))
     }
@@ -106,7 +107,7 @@ impl PromptCache {
     fn covers(entry: &Entry, seq: &Sequence) -> bool {
         let spec = seq.spec();
         entry.spec == spec.text
-            && match spec.name == "full" {
+            && match rewinds(&spec.name) {
                 true => entry.tokens.starts_with(seq.tokens()),
                 false => entry.tokens == seq.tokens(),
             }

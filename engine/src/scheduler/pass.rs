@@ -6,6 +6,7 @@ use super::slot::{Next, Task};
 use super::{Scheduler, Waiting};
 use crate::engine::{Feed, Output};
 use crate::error::{Error, FeedError, Result};
+use crate::memory::rewinds;
 use crate::sampler::Sampler;
 use crate::sequence::Sequence;
 use std::sync::atomic::Ordering;
@@ -145,7 +146,7 @@ impl Scheduler {
             .map(|s| (s.common_prefix(&job.prompt).min(most), s.id))
             .max();
         let mut held = match other {
-            Some((n, from)) if n > common + MIN_SHARE && spec.name == "full" => {
+            Some((n, from)) if n > common + MIN_SHARE && rewinds(&spec.name) => {
                 let mut fork: Sequence = self.slots[from].seq.fork();
                 let held = fork.truncate(self.engine.ops(), n);
                 self.slots[id].seq = fork;
@@ -489,9 +490,9 @@ impl Scheduler {
 
 /// Lengths at which a prompt's state is worth remembering, last first: where it left the slot's
 /// old text (others are likely to leave it there too), at regular distances, and before its last
-/// token. None for the full memory, which can go back anywhere.
+/// token. None for a memory that can go back anywhere.
 fn marks(memory: &str, held: usize, common: usize, most: usize) -> Vec<usize> {
-    if memory == "full" {
+    if rewinds(memory) {
         return Vec::new();
     }
     let regular = (1..).map(|i| i * MARK_EVERY).take_while(|n| *n < most);
