@@ -469,8 +469,24 @@ fn loading_signals_and_sockets() {
 
 #[test]
 fn a_prompt_known_to_another_slot_is_not_read_again() {
-    let server = tiny(&["-n", "-1"]);
-    let prompt = "The same long beginning of every prompt. ".repeat(4);
+    let long = "The same long beginning of every prompt. ".repeat(4);
+    not_read_again(&tiny(&["-n", "-1"]), &long);
+    // Of which the memory holds fewer cells.
+    let flags = [
+        "-c",
+        "2048",
+        "-np",
+        "2",
+        "-n",
+        "-1",
+        "--concept-cache",
+        "none",
+    ];
+    let server = Server::start("concepts-qwen2", &flags);
+    not_read_again(&server, &format!("<|context|>{long}<|/context|> What?"));
+}
+
+fn not_read_again(server: &Server, prompt: &str) {
     let body = json!({"prompt": prompt, "ignore_eos": true, "stream": true, "temperature": 0});
     let mut stream = server.connect();
     let text = body.to_string();
