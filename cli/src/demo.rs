@@ -15,6 +15,7 @@ use crate::interrupt;
 use crate::progress::{Progress, Unit};
 use anyhow::{Context, Result, bail};
 use mneme_engine::SequenceOptions;
+use mneme_engine::gguf::Gguf;
 use mneme_engine::memory::spec::MemorySpec;
 use mneme_engine::ops::Contexts;
 use rustyline::error::ReadlineError;
@@ -31,7 +32,7 @@ use std::path::{Path, PathBuf};
     document, such as \"Where does Anna live?\"."
 )]
 pub struct Args {
-    /// Model file [default: the first models/*.gguf beside the program or in the current folder]
+    /// Model file [default: the first model among models/*.gguf beside the program or in the current folder]
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
     /// Trained memory to lay over the model (GGUF adapter)
@@ -74,6 +75,12 @@ const BAR: usize = 20;
 /// Parts of the document that accuracy is shown for.
 const PARTS: usize = 4;
 
+/// Whether a file is no model but a memory to lay over one.
+fn is_adapter(path: &Path) -> bool {
+    let file = Gguf::open(path);
+    file.is_ok_and(|file| file.opt_str("general.type").ok().flatten() == Some("adapter"))
+}
+
 /// The model to use when none is named.
 fn shipped_model() -> Result<PathBuf> {
     let exe = std::env::current_exe().ok();
@@ -92,7 +99,7 @@ fn shipped_model() -> Result<PathBuf> {
         };
         let mut files: Vec<PathBuf> = entries
             .filter_map(|e| e.ok().map(|e| e.path()))
-            .filter(|p| p.extension().is_some_and(|x| x == "gguf"))
+            .filter(|p| p.extension().is_some_and(|x| x == "gguf") && !is_adapter(p))
             .collect();
         files.sort();
         if let Some(first) = files.into_iter().next() {

@@ -485,3 +485,32 @@ fn a_target_rate_is_held_by_the_model_of_the_tree() {
         assert!((rate / target - 1.0).abs() < 0.05, "{target}: {rate}");
     }
 }
+
+/// As README says it, in the tree's own folder: the model, and not the memory that lies beside it.
+#[test]
+fn the_demo_finds_the_model_of_the_tree() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let models = std::fs::read_dir(root.join("models")).unwrap();
+    let files = models.filter(|e| {
+        e.as_ref()
+            .unwrap()
+            .path()
+            .extension()
+            .is_some_and(|x| x == "gguf")
+    });
+    assert!(files.count() > 1, "a model and an adapter");
+    let out = Command::new(env!("CARGO_BIN_EXE_mneme"))
+        .current_dir(root)
+        .args("demo --length 600 --facts 5 --questions 3 --no-ask --json".split(' '))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8(out.stdout).unwrap();
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    let arms = json(&said)["arms"].as_array().unwrap().len();
+    assert_eq!(arms, 3);
+}
