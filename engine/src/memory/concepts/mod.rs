@@ -19,7 +19,6 @@ use crate::error::Result;
 use crate::ops::Ops;
 use crate::session::{Decoder, Encoder};
 use mneme_kernels::attend::Visible;
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
@@ -36,11 +35,13 @@ struct Concepts {
     /// Tokens of a segment that share an embedding.
     ratio: usize,
     at: At,
+    /// Segments in order.
+    segments: Vec<Segment>,
     /// Embeddings of the segments that the next plan closes, in their order.
-    embeddings: VecDeque<Arc<[f32]>>,
+    embeddings: Vec<Arc<[f32]>>,
 }
 
-/// Where the stream stands: a function of the tokens read.
+/// Where the stream stands: a function of the tokens read. Small, since every plan begins with a copy.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct At {
     n_tokens: usize,
@@ -50,8 +51,6 @@ struct At {
     inside: bool,
     /// Tokens of the open context that no segment has yet.
     pending: Vec<u32>,
-    /// Segments in order.
-    segments: Vec<Segment>,
 }
 
 /// A segment that has been closed.
@@ -70,7 +69,7 @@ enum Step {
     /// Itself.
     Token(u32),
     /// The embeddings of the segment of these tokens, which it closes.
-    Segment(Vec<u32>),
+    Segment(Segment, Vec<u32>),
 }
 
 pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>> {
@@ -104,7 +103,8 @@ pub(super) fn build(ctx: &Context, spec: &MemorySpec) -> Result<Box<dyn Memory>>
         segment,
         ratio,
         at: At::default(),
-        embeddings: VecDeque::new(),
+        segments: Vec::new(),
+        embeddings: Vec::new(),
         ctx: ctx.clone(),
     }))
 }
@@ -125,7 +125,7 @@ impl Concepts {
             at.inside = false;
             return match at.pending.len() {
                 0 => Step::Nothing,
-                n => Step::Segment(self.close(at, n, 1)),
+                n => self.close(at, n, 1),
             };
         }
         at.pending.push(id);
@@ -133,7 +133,7 @@ impl Concepts {
             return Step::Nothing;
         }
         let n = self.whole_sentences(&at.pending);
-        Step::Segment(self.close(at, n, 0))
+        self.close(at, n, 0)
     }
 
     /// Of pending tokens, one more than a segment holds: how many its last whole sentence ends
@@ -148,27 +148,32 @@ impl Concepts {
     }
 
     /// Closes a segment of the first `n` pending tokens, which end `behind` the token in hand.
-    fn close(&self, at: &mut At, n: usize, behind: usize) -> Vec<u32> {
+    fn close(&self, at: &mut At, n: usize, behind: usize) -> Step {
         let rest = at.pending.split_off(n);
         let tokens = std::mem::replace(&mut at.pending, rest);
         let end = at.n_tokens - behind - at.pending.len();
         let n_slots = n.div_ceil(self.ratio);
-        at.segments.push(Segment {
-            start: end - n,
+        at.n_entries += n_slots;
+        let start = end - n;
+        let segment = Segment {
+            start,
             end,
             n_slots,
-        });
-        at.n_entries += n_slots;
-        tokens
+        };
+        Step::Segment(segment, tokens)
     }
 
-    /// What the stream is after `tokens`, from its beginning.
-    fn walk(&self, tokens: &[u32]) -> At {
-        let mut at = At::default();
-        for &id in tokens {
-            self.step(&mut at, id);
-        }
-        at
+    /// Reads tokens, and returns the segments that they close.
+    fn read<'a>(
+        &'a self,
+        at: &'a mut At,
+        tokens: &'a [u32],
+    ) -> impl Iterator<Item = (Segment, Vec<u32>)> + 'a {
+        let steps = tokens.iter().map(|&id| self.step(at, id));
+        steps.filter_map(|step| match step {
+            Step::Segment(segment, tokens) => Some((segment, tokens)),
+            _ => None,
+        })
     }
 }
 
@@ -183,7 +188,7 @@ impl Memory for Concepts {
         for (i, &id) in tokens.iter().enumerate() {
             answered = match self.step(&mut at, id) {
                 Step::Nothing => false,
-                Step::Token(_) | Step::Segment(_) => !at.inside,
+                Step::Token(_) | Step::Segment(..) => !at.inside,
             };
             if every && !answered {
                 let what = format!(
@@ -202,21 +207,12 @@ impl Memory for Concepts {
 
     fn segments(&self, tokens: &[u32]) -> Vec<(Vec<u32>, usize)> {
         let mut at = self.at.clone();
-        let steps = tokens.iter().map(|&id| self.step(&mut at, id));
-        let closed = steps.filter_map(|step| match step {
-            Step::Segment(tokens) => Some(tokens),
-            _ => None,
-        });
-        closed
-            .map(|tokens| {
-                let n_slots = tokens.len().div_ceil(self.ratio);
-                (tokens, n_slots)
-            })
-            .collect()
+        let closed = self.read(&mut at, tokens);
+        closed.map(|(s, tokens)| (tokens, s.n_slots)).collect()
     }
 
     fn embed(&mut self, embeddings: Vec<Arc<[f32]>>) {
-        self.embeddings = embeddings.into();
+        self.embeddings = embeddings;
     }
 
     fn plan(&mut self, _ops: &dyn Ops, tokens: &[u32], _wanted: bool) -> Result<Plan> {
@@ -247,7 +243,7 @@ impl Memory for Concepts {
             match self.step(&mut at, id) {
                 Step::Nothing => {}
                 Step::Token(id) => enter(&mut plan, Source::Token(id), Some(i)),
-                Step::Segment(_) => {
+                Step::Segment(..) => {
                     let Some(vectors) = ready.next() else {
                         return Err(self.spec.refuse("a segment came without its embeddings"));
                     };
@@ -282,9 +278,9 @@ impl Memory for Concepts {
         _: Option<&[f32]>,
     ) -> Result<usize> {
         let mut at = std::mem::take(&mut self.at);
-        for &id in &tokens[..plan.n_tokens] {
-            self.step(&mut at, id);
-        }
+        let closed = self.read(&mut at, &tokens[..plan.n_tokens]);
+        let closed: Vec<Segment> = closed.map(|(segment, _)| segment).collect();
+        self.segments.extend(closed);
         self.at = at;
         self.embeddings.clear();
         self.store.commit(0, plan.entries.len());
@@ -293,7 +289,10 @@ impl Memory for Concepts {
 
     fn truncate(&mut self, _: &dyn Ops, tokens: &[u32], n: usize) -> usize {
         let n = n.min(tokens.len());
-        self.at = self.walk(&tokens[..n]);
+        let mut at = At::default();
+        let closed = self.read(&mut at, &tokens[..n]);
+        self.segments = closed.map(|(segment, _)| segment).collect();
+        self.at = at;
         self.store.truncate(0, self.at.n_entries as u64);
         n
     }
@@ -307,8 +306,8 @@ impl Memory for Concepts {
         out.u64(self.at.n_entries as u64)?;
         out.u32(u32::from(self.at.inside))?;
         out.u32s(&self.at.pending)?;
-        out.u64(self.at.segments.len() as u64)?;
-        for s in &self.at.segments {
+        out.u64(self.segments.len() as u64)?;
+        for s in &self.segments {
             for n in [s.start, s.end, s.n_slots] {
                 out.u64(n as u64)?;
             }
@@ -354,17 +353,17 @@ impl Memory for Concepts {
             n_entries,
             inside,
             pending,
-            segments,
         };
+        self.segments = segments;
         Ok(())
     }
 
     fn stats(&self) -> Stats {
         let at = &self.at;
-        let n_slots: usize = at.segments.iter().map(|s| s.n_slots).sum();
-        let lengths = || at.segments.iter().map(|s| (s.end - s.start) as f64);
+        let n_slots: usize = self.segments.iter().map(|s| s.n_slots).sum();
+        let lengths = || self.segments.iter().map(|s| (s.end - s.start) as f64);
         let compressed: f64 = lengths().sum();
-        let n = at.segments.len() as f64;
+        let n = self.segments.len() as f64;
         let mean = compressed / n.max(1.0);
         let variance = lengths().map(|l| (l - mean).powi(2)).sum::<f64>() / n.max(1.0);
         Stats {
@@ -373,7 +372,7 @@ impl Memory for Concepts {
             n_entries: at.n_entries,
             n_cells: at.n_entries,
             n_dropped: compressed as usize,
-            n_nodes: at.segments.len(),
+            n_nodes: self.segments.len(),
             n_slots,
             cell_bytes: self.store.bytes(),
             card_bytes: self.store.card_bytes(),
@@ -386,7 +385,7 @@ impl Memory for Concepts {
                 0 => 0.0,
                 n => compressed / n as f64,
             },
-            rate_spread: match at.segments.len() {
+            rate_spread: match self.segments.len() {
                 0 | 1 => 0.0,
                 _ => variance.sqrt() / mean,
             },
@@ -397,7 +396,7 @@ impl Memory for Concepts {
 
     fn nodes(&self) -> Vec<NodeInfo> {
         let cell_bytes = self.ctx.cell_bytes();
-        let segments = self.at.segments.iter().enumerate();
+        let segments = self.segments.iter().enumerate();
         segments
             .map(|(id, s)| NodeInfo {
                 id: id as u64,

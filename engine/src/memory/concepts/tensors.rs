@@ -54,6 +54,13 @@ impl LayerLora {
                     false => Ok(None),
                 };
             };
+            if rank == 0 {
+                return Err(Error::TensorShape {
+                    name: a,
+                    expected: vec![n_in as u64, 1],
+                    got: vec![n_in as u64, 0],
+                });
+            }
             Ok(Some(LowRank {
                 rank,
                 a: from.matrix(&a, rank, n_in)?,
